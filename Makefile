@@ -1,0 +1,49 @@
+# make demo and make test work on a machine with Python 3.11 and make; both set up .venv on their first run.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test test-slow test-gpu check bench clean
+
+help:
+	@echo "make demo       answer a question about a picture in examples/ with the bundled model"
+	@echo "make test       lint, types, import contract and tests"
+	@echo "make check      the same without the tests"
+	@echo "make test-slow  tests that take minutes"
+	@echo "make test-gpu   tests that need CUDA"
+	@echo "make bench      speed and memory beside transformers, same weights, one run"
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/seekvl ask examples/sign.png "What does the sign say?"
+	$(BIN)/seekvl ask examples/shapes.png "Where is the yellow star?" --draw examples/shapes-answer.png
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/pytest -m slow
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/pytest -m gpu
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/peer_transformers.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
