@@ -1,4 +1,6 @@
-"""Facts of this process: our error type, devices and dtypes, seeds, optional packages, files that appear whole."""
+"""Facts of this process: our error type, devices and dtypes, seeds, optional packages, files that appear
+whole.
+"""
 
 import contextlib
 import hashlib
@@ -22,7 +24,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class SeekVLError(ValueError):
-    """What a user can cause and can mend: one line that says what was wrong, where, with which numbers, what to do."""
+    """What a user can cause and can mend: one line that says what was wrong, where, with which numbers, what
+    to do.
+    """
 
 
 def require(module: str, *, extra: str) -> ModuleType:
@@ -55,7 +59,7 @@ def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
 
 def select_device(name: str | torch.device = "auto") -> torch.device:
-    """Turn a device name into a device that exists here; "auto" takes CUDA where there is one, else the CPU."""
+    """Turn a name into a device that exists here; "auto" takes CUDA where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -63,9 +67,13 @@ def select_device(name: str | torch.device = "auto") -> torch.device:
     except RuntimeError as error:
         raise SeekVLError(f"device {name!r} is not a torch device; use 'auto', 'cpu' or 'cuda'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SeekVLError(f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA here; use 'cpu'")
+        raise SeekVLError(
+            f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA here; use 'cpu'"
+        )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise SeekVLError(f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise SeekVLError(
+            f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 
@@ -92,7 +100,8 @@ def select_dtype(name: str | torch.dtype = "auto", *, device: torch.device, para
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place only when the block ends well.
 
-    Whatever stops the block, Ctrl-C included, removes the temporary file and leaves an older `path` as it was.
+    Whatever stops the block, Ctrl-C included, removes the temporary file and leaves an older `path` as it
+    was.
     """
     target = Path(path)
     if not target.parent.is_dir():

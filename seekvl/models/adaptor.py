@@ -1,7 +1,7 @@
 """The vision-language adaptor of DeepSeek-VL: from tower width to language width (2403.05525, sec. 3.1).
 
-The paper draws concatenation before projection; the published 7B projects each tower to half the language width first,
-then concatenates (high half first) and mixes. We follow the weights (golden vl1-hybrid).
+The paper draws concatenation before projection; the published 7B projects each tower to half the language
+width first, then concatenates (high half first) and mixes. We follow the weights (golden vl1-hybrid).
 
 Letters: n pictures, t features a picture, c tower width, d language width.
 """
@@ -32,13 +32,17 @@ class AdaptorConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(AdaptorKind):
-            raise SeekVLError(f"adaptor kind {self.kind!r} is unknown; known are {', '.join(get_args(AdaptorKind))}")
+            raise SeekVLError(
+                f"adaptor kind {self.kind!r} is unknown; known are {', '.join(get_args(AdaptorKind))}"
+            )
         if self.depth < 1:
             raise SeekVLError(f"adaptor depth {self.depth} is below 1")
         if self.kind == "identity" and self.input_width != self.width:
             raise SeekVLError(f"an identity adaptor cannot turn width {self.input_width} into {self.width}")
         if self.is_hybrid and self.width % 2:
-            raise SeekVLError(f"a hybrid adaptor halves the language width, which {self.width} does not allow")
+            raise SeekVLError(
+                f"a hybrid adaptor halves the language width, which {self.width} does not allow"
+            )
 
     @property
     def is_hybrid(self) -> bool:
@@ -65,7 +69,8 @@ class Adaptor(nn.Module):
     def forward(self, features: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Project f[n, t, c], or the pair (high, low) of them for the hybrid kind, to f[n, t, d]."""
         if self.config.is_hybrid != isinstance(features, tuple):
-            raise SeekVLError(f"adaptor {self.config.kind!r} got the features of {'two towers' * isinstance(features, tuple) or 'one tower'}")
+            towers = "two towers" if isinstance(features, tuple) else "one tower"
+            raise SeekVLError(f"adaptor {self.config.kind!r} got the features of {towers}")
         if isinstance(features, tuple):
             high, low = features
             x = torch.cat((self.high_up(high), self.low_up(low)), dim=-1)  # n t d

@@ -1,6 +1,8 @@
-"""The hybrid vision encoder of DeepSeek-VL-7B: SAM-B for detail and SigLIP for meaning (2403.05525, sec. 3.1).
+"""The hybrid vision encoder of DeepSeek-VL-7B: SAM-B for detail and SigLIP for meaning (2403.05525, sec.
+3.1).
 
-Letters: n pictures, S side of the high-resolution picture, s side of the low one, t features a picture, c width.
+Letters: n pictures, S side of the high-resolution picture, s side of the low one, t features a picture, c
+width.
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,8 @@ class HybridConfig:
             )
         if self.high.downsample_channels[1] != self.low.width:
             raise SeekVLError(
-                f"the towers disagree: SAM hands on {self.high.downsample_channels[1]} channels, SigLIP {self.low.width}"
+                f"the towers disagree: SAM hands on {self.high.downsample_channels[1]} channels, "
+                f"SigLIP {self.low.width}"
             )
 
 
@@ -46,17 +49,23 @@ class Hybrid(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the features (high, low), each f[n, t, c], of pictures f[n, 3, S, S].
 
-        Without `low_pixels` f[n, 3, s, s] the low picture is made here, from the un-normalised high one, as the official
-        code does; the other pipeline brings its own.
+        Without `low_pixels` f[n, 3, s, s] the low picture is made here, from the un-normalised high one, as
+        the official code does; the other pipeline brings its own.
         """
         if low_pixels is None:
             if normalized:
-                raise SeekVLError("normalised pixels need low_pixels too: the low picture is made before normalisation")
+                raise SeekVLError(
+                    "normalised pixels need low_pixels too: the low picture is made before normalisation"
+                )
             low_pixels = self.shrink(pixels)
         return self.high(pixels, normalized=normalized), self.low(low_pixels, normalized=normalized)
 
     def shrink(self, pixels: Tensor) -> Tensor:
-        """Make the low picture f[n, 3, s, s]: bilinear with antialiasing, in float32, rounded back to the dtype."""
+        """Make the low picture f[n, 3, s, s]: bilinear with antialiasing, in float32, rounded back to the
+        dtype.
+        """
         side = self.config.low.image_size
-        low = F.interpolate(pixels.float(), size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+        low = F.interpolate(
+            pixels.float(), size=(side, side), mode="bilinear", align_corners=False, antialias=True
+        )
         return low.to(pixels.dtype)

@@ -1,9 +1,11 @@
-"""LLaMA decoder: the language model of DeepSeek-VL (DeepSeek LLM, 2401.02954, sec. 2.2; 2403.05525, sec. 3.1).
+"""LLaMA decoder: the language model of DeepSeek-VL (DeepSeek LLM, 2401.02954, sec. 2.2; 2403.05525, sec.
+3.1).
 
-Positions, mask and cache are arguments of the forward: packing, batching, chunked prefill and decoding are the same
-network, fed differently.
+Positions, mask and cache are arguments of the forward: packing, batching, chunked prefill and decoding are
+the same network, fed differently.
 
-Letters: b rows, t new tokens, s visible tokens, d width, h heads, k key-value heads, e width of a head, v vocabulary.
+Letters: b rows, t new tokens, s visible tokens, d width, h heads, k key-value heads, e width of a head, v
+vocabulary.
 """
 
 from dataclasses import dataclass
@@ -38,7 +40,9 @@ class LlamaConfig:
         if self.width % self.heads:
             raise SeekVLError(f"LLaMA width {self.width} is not divisible by its {self.heads} heads")
         if self.heads % self.kv_heads:
-            raise SeekVLError(f"LLaMA: {self.heads} heads cannot share {self.kv_heads} key-value heads evenly")
+            raise SeekVLError(
+                f"LLaMA: {self.heads} heads cannot share {self.kv_heads} key-value heads evenly"
+            )
         if self.head_width % 2:
             raise SeekVLError(f"LLaMA heads are {self.head_width} wide; rotary positions need an even width")
 
@@ -52,7 +56,9 @@ class LayerCache(Protocol):
     """Where a layer puts the keys and values of new tokens and finds those of all visible ones."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store f[b, k, t, e] of the new tokens; return f[b, k, s, e] of every visible token, the new ones last."""
+        """Store f[b, k, t, e] of the new tokens; return f[b, k, s, e] of every visible token, the new ones
+        last.
+        """
         ...
 
 
@@ -73,8 +79,8 @@ def packed_mask(documents: Tensor) -> Tensor:
 def rotary_table(positions: Tensor, *, width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return cosine and sine, float32[b, 1, t, e], of rotary positions i64[b, t].
 
-    Made afresh in float32 on every forward and never kept in the module, so that no cast of the weights can reach it:
-    in bfloat16 positions above 256 would already collide.
+    Made afresh in float32 on every forward and never kept in the module, so that no cast of the weights can
+    reach it: in bfloat16 positions above 256 would already collide.
     """
     exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     angle = positions[..., None].float() / theta**exponent  # b t e/2
@@ -116,7 +122,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
 
     def forward(
-        self, x: Tensor, *, table: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None, layer: int
+        self,
+        x: Tensor,
+        *,
+        table: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        layer: int,
     ) -> Tensor:
         """Mix x[b, t, d] over the visible tokens; see `Llama.forward`."""
         q = rearrange(self.q_proj(x), "b t (h e) -> b h t e", h=self.heads)
@@ -126,7 +138,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(layer, k, v)  # b k s e
         x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=self.heads != self.kv_heads
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and q.shape[2] > 1,
+            enable_gqa=self.heads != self.kv_heads,
         )  # b h t e
         out: Tensor = self.o_proj(rearrange(x, "b h t e -> b t (h e)"))  # b t d
         return out
@@ -158,7 +175,13 @@ class Layer(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(
-        self, x: Tensor, *, table: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None, layer: int
+        self,
+        x: Tensor,
+        *,
+        table: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        layer: int,
     ) -> Tensor:
         """Apply attention and SwiGLU to x[b, t, d], each added to the stream."""
         x = x + self.attn(self.attn_norm(x), table=table, mask=mask, cache=cache, layer=layer)
@@ -187,9 +210,10 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Turn embeddings f[b, t, d] into hidden states f[b, t, d] after the final norm.
 
-        positions: i64[b, t], 0.. when None. mask: bool[b or 1, 1, t, s], True where a new token may look; None means
-        plain causal over the t tokens given, which fits a cache only while it is empty or t is 1.
-        A position beyond `max_positions` is the caller's to refuse: looking would cost a copy from the device.
+        positions: i64[b, t], 0.. when None. mask: bool[b or 1, 1, t, s], True where a new token may look;
+        None means plain causal over the t tokens given, which fits a cache only while it is empty or t is 1.
+        A position beyond `max_positions` is the caller's to refuse: looking would cost a copy from the
+        device.
         """
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])

@@ -1,10 +1,13 @@
-"""SAM-B as a feature tower: the high-resolution half of DeepSeek-VL-7B's hybrid encoder (2403.05525, sec. 3.1).
+"""SAM-B as a feature tower: the high-resolution half of DeepSeek-VL-7B's hybrid encoder (2403.05525, sec.
+3.1).
 
-A ViTDet with windows and decomposed relative positions, a convolutional neck, and the downsampling that brings its
-64 x 64 map to the 24 x 24 grid of the other tower. The published weights also have a side branch that the paper does not
-mention: the output of the first global block passes a neck of its own and is added, scaled by a learned alpha.
+A ViTDet with windows and decomposed relative positions, a convolutional neck, and the downsampling that
+brings its 64 x 64 map to the 24 x 24 grid of the other tower. The published weights also have a side branch
+that the paper does not mention: the output of the first global block passes a neck of its own and is added,
+scaled by a learned alpha.
 
-Letters: n pictures, g patches along a side, c width, h heads, e width of a head, w window side, s keys along a side.
+Letters: n pictures, g patches along a side, c width, h heads, e width of a head, w window side, s keys along
+a side.
 """
 
 import math
@@ -49,9 +52,13 @@ class SamConfig:
         if self.width % self.heads:
             raise SeekVLError(f"SAM width {self.width} is not divisible by its {self.heads} heads")
         if self.image_size % self.patch_size:
-            raise SeekVLError(f"SAM image_size {self.image_size} is not a multiple of its patch of {self.patch_size} px")
+            raise SeekVLError(
+                f"SAM image_size {self.image_size} is not a multiple of its patch of {self.patch_size} px"
+            )
         if not self.global_layers or not all(0 <= layer < self.layers for layer in self.global_layers):
-            raise SeekVLError(f"SAM global_layers {self.global_layers} must name blocks of 0..{self.layers - 1}")
+            raise SeekVLError(
+                f"SAM global_layers {self.global_layers} must name blocks of 0..{self.layers - 1}"
+            )
         if self.resize_side % 4:
             raise SeekVLError(f"SAM resize_side {self.resize_side} is not a multiple of 4")
         if (self.pixel_mean is None) != (self.pixel_std is None):
@@ -124,7 +131,9 @@ class WindowAttention(nn.Module):
         return out
 
     def bias(self, q: Tensor) -> Tensor:
-        """Return the additive bias n h (w w) (s s) from the queries n h (w w) e; the queries are *not* scaled here."""
+        """Return the additive bias n h (w w) (s s) from the queries n h (w w) e; the queries are *not* scaled
+        here.
+        """
         offset = torch.arange(self.side, device=q.device)
         offset = offset[:, None] - offset[None, :] + self.side - 1  # w s
         q = rearrange(q, "n h (y x) e -> n h y x e", y=self.side)
@@ -156,8 +165,9 @@ class Block(nn.Module):
 def in_windows(x: Tensor, w: int, mix: nn.Module) -> Tensor:
     """Apply `mix` to each w x w window of x[n, g, g, c] and put the map together again.
 
-    The map is padded with zeros at the bottom and on the right to a multiple of w. The padding takes part in the
-    attention (its keys and values are the projection's bias): the published weights were trained that way.
+    The map is padded with zeros at the bottom and on the right to a multiple of w. The padding takes part in
+    the attention (its keys and values are the projection's bias): the published weights were trained that
+    way.
 
         64 -> 70 = 5 windows of 14;   the last window of a row holds 8 real columns and 6 of padding
     """

@@ -1,4 +1,5 @@
-"""SigLIP vision transformer: the low-resolution tower of DeepSeek-VL (2403.05525, sec. 3.1), the only one of the 1.3B.
+"""SigLIP vision transformer: the low-resolution tower of DeepSeek-VL (2403.05525, sec. 3.1), the only one of
+the 1.3B.
 
 Letters: n pictures, t patches (g x g, row-major), c width, h heads, e width of a head.
 """
@@ -32,7 +33,9 @@ class SiglipConfig:
     mlp_width: int
     """Hidden channels of the MLP."""
     gelu: Gelu = "erf"
-    """The published DeepSeek-VL files need the exact GELU; the tanh form moves features by 1e-3 (golden vl1-siglip)."""
+    """The published DeepSeek-VL files need the exact GELU; the tanh form moves features by 1e-3 (golden
+    vl1-siglip).
+    """
     norm_eps: float = 1e-6
     pixel_mean: Rgb | None = None
     """Per-channel mean subtracted inside the tower; None where the processor normalises."""
@@ -42,7 +45,9 @@ class SiglipConfig:
         if self.width % self.heads:
             raise SeekVLError(f"SigLIP width {self.width} is not divisible by its {self.heads} heads")
         if self.image_size < self.patch_size:
-            raise SeekVLError(f"SigLIP image_size {self.image_size} is smaller than its patch of {self.patch_size} px")
+            raise SeekVLError(
+                f"SigLIP image_size {self.image_size} is smaller than its patch of {self.patch_size} px"
+            )
         if (self.pixel_mean is None) != (self.pixel_std is None):
             raise SeekVLError("SigLIP needs both pixel_mean and pixel_std, or neither")
 
@@ -53,7 +58,7 @@ class SiglipConfig:
 
 
 def normalise(pixels: Tensor, *, mean: Rgb, std: Rgb) -> Tensor:
-    """Return (pixels - mean) / std of n 3 y x, computed in the dtype of the pixels as the official towers do."""
+    """Return (pixels - mean) / std of f[n, 3, y, x], in the dtype of the pixels like the reference."""
     shape = (1, 3, 1, 1)
     return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
 
@@ -108,7 +113,9 @@ class Block(nn.Module):
 
 
 class Siglip(nn.Module):
-    """The tower: patches, learned positions, blocks, final norm. All patch tokens are returned, none is pooled."""
+    """The tower: patches, learned positions, blocks, final norm. All patch tokens are returned, none is
+    pooled.
+    """
 
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
@@ -121,15 +128,17 @@ class Siglip(nn.Module):
     def forward(self, pixels: Tensor, *, normalized: bool = False) -> Tensor:
         """Turn pictures f[n, 3, S, S] into patch features f[n, t, c].
 
-        `normalized` says that mean and deviation are already applied; otherwise pixels are in 0..1 and the tower applies
-        its own. The position table is used as it is: another picture side raises SeekVLError.
+        `normalized` says that mean and deviation are already applied; otherwise pixels are in 0..1 and the
+        tower applies its own. The position table is used as it is: another picture side raises SeekVLError.
         """
         side = self.config.image_size
         if pixels.shape[1:] != (3, side, side):
             raise SeekVLError(f"SigLIP takes pictures of 3 x {side} x {side}, got {tuple(pixels.shape[1:])}")
         if not normalized:
             if self.config.pixel_mean is None or self.config.pixel_std is None:
-                raise SeekVLError("this SigLIP tower has no pixel mean: its processor must normalise the pixels")
+                raise SeekVLError(
+                    "this SigLIP tower has no pixel mean: its processor must normalise the pixels"
+                )
             pixels = normalise(pixels, mean=self.config.pixel_mean, std=self.config.pixel_std)
         x = rearrange(self.patch_embed(pixels), "n c y x -> n (y x) c")  # n t c
         x = x + self.pos_embed

@@ -1,6 +1,7 @@
 """DeepSeek-VL: vision towers, adaptor and language model as one network (2403.05525, sec. 3.1).
 
-Letters: b rows, t tokens, n pictures, s slots a picture, S side of a picture in px, d language width, v vocabulary.
+Letters: b rows, t tokens, n pictures, s slots a picture, S side of a picture in px, d language width, v
+vocabulary.
 """
 
 from dataclasses import dataclass
@@ -28,14 +29,20 @@ class VLConfig:
             raise SeekVLError(f"adaptor {self.adaptor.kind!r} does not fit {type(self.vision).__name__}")
         tower = self.vision.low if isinstance(self.vision, HybridConfig) else self.vision
         if tower.width != self.adaptor.input_width:
-            raise SeekVLError(f"towers hand on width {tower.width}, the adaptor takes {self.adaptor.input_width}")
+            raise SeekVLError(
+                f"towers hand on width {tower.width}, the adaptor takes {self.adaptor.input_width}"
+            )
         if self.adaptor.width != self.language.width:
-            raise SeekVLError(f"the adaptor makes width {self.adaptor.width}, the language model has {self.language.width}")
+            raise SeekVLError(
+                f"the adaptor makes width {self.adaptor.width}, the language model has {self.language.width}"
+            )
 
     @property
     def image_size(self) -> int:
         """Side of the square picture the network is fed, px."""
-        return self.vision.high.image_size if isinstance(self.vision, HybridConfig) else self.vision.image_size
+        return (
+            self.vision.high.image_size if isinstance(self.vision, HybridConfig) else self.vision.image_size
+        )
 
     @property
     def visual_tokens(self) -> int:
@@ -50,7 +57,9 @@ class VL(nn.Module):
     def __init__(self, config: VLConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = Hybrid(config.vision) if isinstance(config.vision, HybridConfig) else Siglip(config.vision)
+        self.vision = (
+            Hybrid(config.vision) if isinstance(config.vision, HybridConfig) else Siglip(config.vision)
+        )
         self.adaptor = Adaptor(config.adaptor)
         self.language = Llama(config.language)
 
@@ -73,7 +82,8 @@ class VL(nn.Module):
     def embed(
         self, input_ids: Tensor, *, image_mask: Tensor | None = None, image_features: Tensor | None = None
     ) -> Tensor:
-        """Return embeddings f[b, t, d] of i64[b, t], with picture rows f[n, s, d] in the slots bool[b, t], in order.
+        """Return embeddings f[b, t, d] of i64[b, t], with picture rows f[n, s, d] in the slots bool[b, t], in
+        order.
 
         Raises SeekVLError when slots and rows differ in number.
         """
@@ -81,7 +91,9 @@ class VL(nn.Module):
         slots = 0 if image_mask is None else int(image_mask.sum())
         rows = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
         if slots != rows:
-            raise SeekVLError(f"{slots} picture slots in the tokens, but {rows} feature rows from the vision towers")
+            raise SeekVLError(
+                f"{slots} picture slots in the tokens, but {rows} feature rows from the vision towers"
+            )
         if image_mask is None or image_features is None or slots == 0:
             return embeds
         index = image_mask.flatten().nonzero().squeeze(1)
