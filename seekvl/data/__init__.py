@@ -1,1 +1,1 @@
-"""."""
+"""Training samples at rest and in motion."""

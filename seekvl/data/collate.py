@@ -1,0 +1,143 @@
+"""From encoded samples to one batch: rows padded on the right to a few fixed lengths, pictures in one stack.
+
+Letters: b rows, t tokens of the padded row, n pictures of the batch, S and s sides of a picture in px.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seekvl.processing.encode import ModelInput
+from seekvl.runtime import SeekVLError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What one optimiser step learns from."""
+
+    input_ids: Tensor
+    """i64[b, t], padded on the right."""
+    loss_weights: Tensor
+    """f32[b, t]: how much the prediction *of* this token counts; 0 for prompts, picture slots and padding."""
+    image_mask: Tensor
+    """bool[b, t]: slots that picture rows fill, in order."""
+    positions: Tensor
+    """i64[b, t]: rotary positions, 0.. in every row."""
+    pixels: Tensor | None
+    """f32[n, 3, S, S], the pictures of row 0, then those of row 1 and so on; None without pictures."""
+    low_pixels: Tensor | None
+    """f32[n, 3, s, s] for the low-resolution tower where the processor made them."""
+    normalized: bool
+    """Whether the processor has normalised the pixels already."""
+
+    def __len__(self) -> int:
+        """Count the samples b."""
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device; from pinned memory the copies run beside the host."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory; the data loader calls this when it feeds CUDA."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(
+            input_ids=move(self.input_ids),
+            loss_weights=move(self.loss_weights),
+            image_mask=move(self.image_mask),
+            positions=move(self.positions),
+            pixels=None if self.pixels is None else move(self.pixels),
+            low_pixels=None if self.low_pixels is None else move(self.low_pixels),
+            normalized=self.normalized,
+        )
+
+
+def bucket(length: int, *, lengths: Sequence[int]) -> int:
+    """Return the smallest of the given lengths that holds this many tokens.
+
+    Few lengths mean few tensor shapes; each new shape costs a kernel set-up.
+
+    >>> bucket(130, lengths=(256, 128))
+    256
+    """
+    fitting = [candidate for candidate in lengths if candidate >= length]
+    if not fitting:
+        limit = max(lengths, default=0)
+        raise SeekVLError(
+            f"{length} tokens exceed the longest row of {limit}; shorten the sample or raise the lengths"
+        )
+    return min(fitting)
+
+
+def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int) -> Batch:
+    """Stack samples encoded for training, padded to the smallest of `lengths` that holds the longest of them.
+
+    Raises SeekVLError for no samples, a sample without loss weights or longer than every length, pictures of
+    different sizes, and pictures of which only some are normalised or carry a low-resolution copy.
+    """
+    if not inputs:
+        raise SeekVLError("a batch needs at least one sample")
+    for row, sample in enumerate(inputs):
+        if len(sample.input_ids) > max(lengths, default=0):
+            raise SeekVLError(
+                f"sample {row} of the batch: {len(sample.input_ids)} tokens exceed the longest row of "
+                f"{max(lengths, default=0)}; shorten the sample or raise the lengths"
+            )
+    width = bucket(max(len(sample.input_ids) for sample in inputs), lengths=lengths)
+    shape = (len(inputs), width)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    loss_weights = torch.zeros(shape)
+    image_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, sample in enumerate(inputs):
+        if sample.loss_weights is None:
+            raise SeekVLError(f"sample {row} of the batch has no loss weights; encode it with train=True")
+        size = len(sample.input_ids)
+        input_ids[row, :size] = sample.input_ids
+        loss_weights[row, :size] = sample.loss_weights
+        image_mask[row, :size] = sample.image_mask
+    return Batch(
+        input_ids=input_ids,
+        loss_weights=loss_weights,
+        image_mask=image_mask,
+        positions=torch.arange(width).repeat(len(inputs), 1),
+        pixels=_stack([sample.pixels for sample in inputs], name="pixels"),
+        low_pixels=_low_pixels(inputs),
+        normalized=_normalized(inputs),
+    )
+
+
+def _stack(pictures: Sequence[Tensor | None], *, name: str) -> Tensor | None:
+    """Concatenate the pictures of all samples in order, or say which sample's do not fit."""
+    present = [(row, tensor) for row, tensor in enumerate(pictures) if tensor is not None and len(tensor)]
+    if not present:
+        return None
+    expected = tuple(present[0][1].shape[1:])
+    for row, tensor in present:
+        if tuple(tensor.shape[1:]) != expected:
+            raise SeekVLError(
+                f"sample {row} of the batch: {name} are {tuple(tensor.shape[1:])}, others {expected}"
+            )
+    return torch.cat([tensor for _, tensor in present])
+
+
+def _low_pixels(inputs: Sequence[ModelInput]) -> Tensor | None:
+    with_pictures = [sample for sample in inputs if sample.pixels is not None]
+    carrying = sum(sample.low_pixels is not None for sample in with_pictures)
+    if carrying not in (0, len(with_pictures)):
+        raise SeekVLError(
+            f"{carrying} of {len(with_pictures)} samples with pictures have low_pixels; use one processor"
+        )
+    return _stack([sample.low_pixels for sample in inputs], name="low_pixels")
+
+
+def _normalized(inputs: Sequence[ModelInput]) -> bool:
+    flags = {sample.normalized for sample in inputs if sample.pixels is not None}
+    if len(flags) > 1:
+        raise SeekVLError(
+            "some pictures of the batch are normalised and some are not; use one processor for all"
+        )
+    return flags.pop() if flags else False

@@ -1,0 +1,57 @@
+"""What learning minimises: cross entropy of the next token where tokens count (2403.05525, sec. 3.2).
+
+Letters: b rows, t tokens, r supervised tokens of the batch, d width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seekvl.data.collate import Batch
+from seekvl.models.vl import VL
+
+ROW_STEP = 64
+"""Supervised rows are filled up to a multiple of this, so that the head meets few shapes."""
+
+
+class Loss(NamedTuple):
+    """A loss before its division, so that micro-batches and devices can add theirs first."""
+
+    total: Tensor
+    """f32[]: sum of weighted losses, with gradient."""
+    weight: Tensor
+    """f32[]: sum of the weights, without gradient."""
+
+    def mean(self) -> Tensor:
+        """Return the total over the weight; 0 and no NaN where nothing counts."""
+        return self.total / torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
+
+
+def next_token_loss(model: VL, batch: Batch) -> Loss:
+    """Return the weighted cross entropy of every token given those before it.
+
+    The weight belongs to the *predicted* token, hence the shift by one:
+
+        tokens    <bos> User :  hi  Assistant :  yes <eos>
+        weights     0    0   0   0      0     0   1    1
+        predicts                              ^yes ^<eos>
+
+    Only hidden states that predict a weighted token pass through the head.
+    """
+    features = None
+    if batch.pixels is not None:
+        features = model.encode_pictures(
+            batch.pixels, low_pixels=batch.low_pixels, normalized=batch.normalized
+        )
+    embeds = model.embed(batch.input_ids, image_mask=batch.image_mask, image_features=features)
+    hidden = model.hidden(embeds, positions=batch.positions)  # b t d
+    weights = batch.loss_weights[:, 1:].flatten()
+    rows = weights.nonzero().squeeze(1)  # r
+    fill = -len(rows) % ROW_STEP
+    picked = hidden[:, :-1].flatten(0, 1)[rows]  # r d
+    logits = model.head(F.pad(picked, (0, 0, 0, fill)))  # r' v
+    targets = F.pad(batch.input_ids[:, 1:].flatten()[rows], (0, fill))
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return Loss(total=(losses * F.pad(weights[rows], (0, fill))).sum(), weight=weights.sum())

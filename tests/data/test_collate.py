@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from seekvl.data.collate import bucket, collate
+from seekvl.processing.encode import ModelInput, TokenBill
+from seekvl.runtime import SeekVLError
+
+
+def sample(ids: list[int], **fields: object) -> ModelInput:
+    """Make an encoded sample whose last token is learnt."""
+    weights = torch.zeros(len(ids))
+    weights[-1] = 1.0
+    given = {
+        "input_ids": torch.tensor(ids),
+        "image_mask": torch.zeros(len(ids), dtype=torch.bool),
+        "pixels": None,
+        "low_pixels": None,
+        "normalized": False,
+        "loss_weights": weights,
+        "picture_sizes": (),
+        "prompt": "",
+        "bill": TokenBill(text_tokens=len(ids), image_tokens=(), total=len(ids), limit=99),
+    }
+    return ModelInput(**{**given, **fields})
+
+
+def test_rows_are_padded_on_the_right_to_the_smallest_length() -> None:
+    batch = collate([sample([5, 6, 7]), sample([8])], lengths=(8, 4), pad_id=2)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 2], [8, 2, 2, 2]]
+    assert batch.loss_weights.tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3]] * 2
+    assert not batch.image_mask.any()
+    assert batch.pixels is None
+    assert len(batch) == 2
+
+
+def test_pictures_follow_the_order_of_rows() -> None:
+    one, two = torch.full((1, 3, 2, 2), 0.1), torch.full((2, 3, 2, 2), 0.2)
+    mask = torch.tensor([True, False])
+    batch = collate(
+        [sample([1, 2], pixels=one, image_mask=mask), sample([3]), sample([4], pixels=two)],
+        lengths=(2,),
+        pad_id=0,
+    )
+    assert batch.pixels is not None
+    assert batch.pixels[:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.2, 0.2])
+    assert batch.image_mask.tolist() == [[True, False], [False, False], [False, False]]
+
+
+def test_moving_keeps_every_field() -> None:
+    pixels = torch.rand(1, 3, 2, 2)
+    batch = collate([sample([1], pixels=pixels, low_pixels=pixels, normalized=True)], lengths=(4,), pad_id=0)
+    moved = batch.to(torch.device("meta"))
+    assert moved.normalized
+    assert {moved.input_ids.device.type, moved.pixels.device.type, moved.low_pixels.device.type} == {"meta"}
+    assert moved.positions.shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([], "at least one sample"),
+        ([sample([1]), sample([1] * 9)], "sample 1 of the batch: 9 tokens exceed the longest row of 8"),
+        (
+            [sample([1], loss_weights=None)],
+            "sample 0 of the batch has no loss weights; encode it with train=True",
+        ),
+        (
+            [sample([1], pixels=torch.zeros(1, 3, 4, 4)), sample([1], pixels=torch.zeros(1, 3, 2, 2))],
+            r"sample 1 of the batch: pixels are \(3, 2, 2\), others \(3, 4, 4\)",
+        ),
+        (
+            [
+                sample([1], pixels=torch.zeros(1, 3, 4, 4)),
+                sample([1], pixels=torch.zeros(1, 3, 4, 4), low_pixels=torch.zeros(1, 3, 2, 2)),
+            ],
+            "1 of 2 samples with pictures have low_pixels",
+        ),
+        (
+            [
+                sample([1], pixels=torch.zeros(1, 3, 4, 4)),
+                sample([1], pixels=torch.zeros(1, 3, 4, 4), normalized=True),
+            ],
+            "some pictures of the batch are normalised and some are not",
+        ),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(inputs: list[ModelInput], message: str) -> None:
+    with pytest.raises(SeekVLError, match=message):
+        collate(inputs, lengths=(4, 8), pad_id=0)
+
+
+def test_bucket_names_the_limit() -> None:
+    assert bucket(4, lengths=(8, 4)) == 4
+    with pytest.raises(SeekVLError, match="9 tokens exceed the longest row of 8"):
+        bucket(9, lengths=(8, 4))

@@ -1,0 +1,87 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from seekvl.train.objective import ROW_STEP, next_token_loss
+from tests.train.conftest import ROWS, Toy, tiny_vl
+
+
+def reference(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
+    """Sum the losses token by token."""
+    total = count = 0.0
+    for row in range(ids.shape[0]):
+        for place in range(1, ids.shape[1]):
+            log_probs = logits[row, place - 1].double().log_softmax(0)
+            total -= float(weights[row, place]) * float(log_probs[ids[row, place]])
+            count += float(weights[row, place])
+    return total, count
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_equals_the_slow_sum_over_tokens(pictures: bool) -> None:
+    model, batch = tiny_vl(), Toy(pictures=pictures)(0)
+    weights = torch.rand(batch.loss_weights.shape).round(decimals=1) * (
+        torch.rand(batch.loss_weights.shape) > 0.4
+    )
+    batch = replace(batch, loss_weights=weights)
+    with torch.no_grad():
+        logits = model(batch.input_ids, image_mask=batch.image_mask, pixels=batch.pixels)
+        loss = next_token_loss(model, batch)
+    total, count = reference(logits, batch.input_ids, weights)
+    assert float(loss.total) == pytest.approx(total, rel=1e-5)
+    assert float(loss.weight) == pytest.approx(count, rel=1e-6)
+    assert float(loss.mean()) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_gradient_equals_that_of_the_whole_head() -> None:
+    model, batch = tiny_vl(), Toy()(0)
+    next_token_loss(model, batch).mean().backward()
+    fast = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    model.zero_grad()
+    logits = model(batch.input_ids)[:, -2]
+    torch.nn.functional.cross_entropy(logits, batch.input_ids[:, -1]).backward()
+    for name, grad in fast.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad)
+
+
+def test_tokens_without_weight_that_nobody_sees_have_no_effect() -> None:
+    model, batch = tiny_vl(), Toy()(0)
+    weights = torch.zeros_like(batch.loss_weights)
+    weights[:, 4] = 1.0
+    batch = replace(batch, loss_weights=weights)
+    other = batch.input_ids.clone()
+    other[:, 5:] = 1
+    with torch.no_grad():
+        assert torch.equal(
+            next_token_loss(model, batch).total, next_token_loss(model, replace(batch, input_ids=other)).total
+        )
+
+
+def test_first_token_cannot_be_predicted() -> None:
+    model, batch = tiny_vl(), Toy()(0)
+    weights = torch.zeros_like(batch.loss_weights)
+    weights[:, 0] = 1.0
+    loss = next_token_loss(model, replace(batch, loss_weights=weights))
+    assert float(loss.weight) == 0.0
+
+
+def test_no_weight_at_all_gives_zero_and_zero_gradients() -> None:
+    model, batch = tiny_vl(), Toy()(0)
+    mean = next_token_loss(model, replace(batch, loss_weights=torch.zeros_like(batch.loss_weights))).mean()
+    mean.backward()
+    assert float(mean.detach()) == 0.0
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_only_supervised_rows_pass_the_head() -> None:
+    model, batch = tiny_vl(), Toy()(0)
+    seen: list[int] = []
+    model.language.lm_head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
+    next_token_loss(model, batch)
+    assert ROWS < ROW_STEP
+    assert seen == [ROW_STEP]
