@@ -1,1 +1,1 @@
-"""."""
+"""Measuring: one file per benchmark."""

@@ -1,0 +1,393 @@
+"""seekvl-nano: a DeepSeek-VL-7B in miniature, trained from nothing on drawn pictures.
+
+Every part of the 7B is there (SAM and SigLIP towers, hybrid adaptor, LLaMA), 1,700 times smaller. What the 7B
+inherits, nano learns first: its towers by labelling their own grid, its language model from short dialogues.
+Then come the three stages of 2403.05525, sec. 3.2.
+
+    encoders    both towers                      label what lies under each cell
+    language    language model                   text only
+    stage 1     adaptor                          short answers about pictures
+    stage 2     adaptor, language model          text and pictures, the share of text falling
+    stage 3     SigLIP, adaptor, language model  several questions a picture
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from torch import nn
+
+from seekvl.corpus import nano as corpus
+from seekvl.models.adaptor import AdaptorConfig
+from seekvl.models.hybrid import Hybrid, HybridConfig
+from seekvl.models.llama import LlamaConfig
+from seekvl.models.sam import SamConfig
+from seekvl.models.siglip import SiglipConfig
+from seekvl.models.vl import VL, VLConfig
+from seekvl.processing.encode import ModelInput, Processor
+from seekvl.processing.pad_image import PadImageConfig
+from seekvl.processing.template import Template, prompt_text, render
+from seekvl.processing.tokenizer import BOS, EOS, GROUNDING_MARKS, IMAGE, Tokenizer
+from seekvl.recipes.nano_encoders import Labeller, cell_batches, cell_loss
+from seekvl.runtime import SeekVLError, atomic_file, log, seed_for, torch_generator
+from seekvl.train.loop import Hook, Run, train
+from seekvl.train.objective import next_token_loss
+from seekvl.train.schedule import LanguageShare, Schedule
+from seekvl.train.stage import Group, Stage
+from seekvl.train.streams import Streams
+from seekvl.weights.config import CheckpointConfig
+from seekvl.weights.save import save_checkpoint
+
+VOCABULARY = 1024
+HALF = (0.5, 0.5, 0.5)
+LENGTHS = (64, 128, 192, 256, 320, 384, 448, 512)
+"""Row lengths of batches: each new one costs a kernel set-up."""
+
+MODEL = VLConfig(
+    vision=HybridConfig(
+        high=SamConfig(
+            image_size=256,
+            width=128,
+            layers=4,
+            heads=4,
+            mlp_width=512,
+            window=8,
+            global_layers=(1, 3),
+            neck_channels=64,
+            downsample_channels=(96, 128),
+            resize_side=40,
+            pixel_mean=HALF,
+            pixel_std=HALF,
+        ),
+        low=SiglipConfig(
+            image_size=160,
+            patch_size=16,
+            width=128,
+            layers=4,
+            heads=4,
+            mlp_width=512,
+            pixel_mean=HALF,
+            pixel_std=HALF,
+        ),
+    ),
+    adaptor=AdaptorConfig(kind="low_high_hybrid_split_mlp_gelu", input_width=128, width=192),
+    language=LlamaConfig(
+        vocab_size=VOCABULARY, width=192, layers=4, heads=6, kv_heads=6, mlp_width=512, max_positions=2048
+    ),
+)
+"""4 million parameters; 100 visual tokens a picture."""
+
+IMAGE_CONFIG = PadImageConfig(
+    image_size=256, patch_slots_side=10, mean=HALF, std=HALF, background=(127, 127, 127), low_size=160
+)
+RESIDUAL = ("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+"""Ends of the names of weights that write to a residual stream."""
+TEMPLATE = Template(system="")
+"""The template of the published models without its system prompt, which would be half of nano's tokens."""
+
+
+def train_tokenizer(path: Path, *, seed: int = 0, samples: int = 6000) -> None:
+    """Learn nano's byte-level BPE from its own corpus and write it as a `tokenizer.json`.
+
+    Digits and the letters of capitalised words stay single tokens, so that reading a word and a coordinate is
+    copying letter by letter. BOS, EOS and the picture placeholder are DeepSeek-VL's, the marks of boxes
+    VL2's.
+    """
+    backend = Backend(models.BPE())
+    capitals = Regex(r"\p{Lu}(?=\p{Lu})|(?<=\p{Lu})\p{Lu}")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[\r\n]+"), "isolated"),
+            pre_tokenizers.Split(Regex(r", (?=\d)"), "isolated"),
+            pre_tokenizers.Split(Regex(r"\s?\p{L}+"), "isolated"),
+            pre_tokenizers.Split(capitals, "isolated"),
+            pre_tokenizers.Split(Regex(r"\s?(?!, $)\p{P}+"), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    specials = (BOS, EOS, IMAGE, *GROUNDING_MARKS)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(specials),
+        min_frequency=3,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_texts(seed, samples), trainer)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    with atomic_file(path) as part:
+        backend.save(str(part))
+
+
+def _texts(seed: int, samples: int) -> Iterator[str]:
+    """Yield the prompts of the first samples of both streams, cut at their special tokens."""
+    specials = re.compile("|".join(re.escape(token) for token in (EOS, IMAGE, *GROUNDING_MARKS)))
+    for index in range(samples):
+        sample = corpus.text_sample(seed, index) if index % 3 == 0 else corpus.sample(seed, index)
+        yield from specials.split(prompt_text(render(sample.conversation, template=TEMPLATE, complete=True)))
+
+
+def processor(tokenizer: Tokenizer) -> Processor:
+    """Return the processor of nano."""
+    return Processor(tokenizer, IMAGE_CONFIG, TEMPLATE, max_tokens=MODEL.language.max_positions)
+
+
+def initialise(model: nn.Module, *, seed: int) -> None:
+    """Fill a fresh network with random numbers: weights by their fan-in, those that write to a residual
+    stream less, biases zero. Norms, relative positions and SAM's alpha stay as they are made.
+    """
+    generator = torch_generator(seed, "initialise")
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        if parameter.dim() < 2 or "rel_pos" in name:
+            continue
+        std = 0.02 if "pos_embed" in name else parameter[0].numel() ** -0.5
+        if name.endswith(RESIDUAL):
+            std *= 0.35  # about 1 / sqrt(2 x 4 layers)
+        nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """Short dialogues without pictures."""
+
+    processor: Processor
+    seed: int
+
+    def __call__(self, index: int) -> ModelInput:
+        """Return sample `index`, encoded for training."""
+        return self.processor.encode(corpus.text_sample(self.seed, index).conversation, train=True)
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSource:
+    """Pictures with questions and answers; one in six is for counting, which mixed questions leave to small
+    numbers.
+    """
+
+    processor: Processor
+    seed: int
+    questions: int
+    """Most questions a picture."""
+
+    def __call__(self, index: int) -> ModelInput:
+        """Return sample `index`, encoded for training."""
+        kind = "count" if index % 6 == 5 else None
+        sample = corpus.sample(self.seed, index, kind=kind, questions=self.questions)
+        return self.processor.encode(sample.conversation, train=True)
+
+
+VISION = Group(pattern=r"vision[.].*", frozen=True)
+ADAPTOR = r"adaptor[.].*|vision[.]high[.](downsamples|neck|neck_hd)[.].*|vision[.]high[.]hd_alpha"
+"""What the paper calls the adaptor: projections, and the convolutions that bring SAM's map to the common
+grid.
+"""
+TRUNK = r"vision[.]high[.](patch_embed[.].*|pos_embed|blocks[.].*)"
+LOW = r"vision[.]low[.].*"
+LANGUAGE = r"language[.].*"
+
+
+def encoders() -> Stage:
+    """Warm-up of the towers; the last group is the linear layers thrown away afterwards."""
+    return Stage(
+        name="encoders",
+        steps=2000,
+        batch_size=32,
+        lr=1.5e-3,
+        schedule=Schedule(shape="cosine", warmup=100, floor=0.02),
+        groups=(Group(pattern=r"vision[.].*"), Group(pattern=r"read_(high|low)[.].*")),
+    )
+
+
+def language() -> Stage:
+    """Warm-up of the language model on text."""
+    return Stage(
+        name="language",
+        steps=1200,
+        batch_size=64,
+        lr=2e-3,
+        schedule=Schedule(shape="cosine", warmup=100, floor=0.1),
+        groups=(VISION, Group(pattern=r"adaptor[.].*", frozen=True), Group(pattern=LANGUAGE)),
+    )
+
+
+def stage1() -> Stage:
+    """Adaptor warm-up: everything else frozen (2403.05525, sec. 3.2.1)."""
+    return Stage(
+        name="stage1",
+        steps=250,
+        batch_size=32,
+        lr=2e-3,
+        schedule=Schedule(shape="cosine", warmup=20, floor=0.1),
+        groups=(
+            Group(pattern=ADAPTOR),
+            Group(pattern=TRUNK, frozen=True),
+            Group(pattern=LOW, frozen=True),
+            Group(pattern=LANGUAGE, frozen=True),
+        ),
+    )
+
+
+def stage2() -> Stage:
+    """Joint pretraining: adaptor and language model (2403.05525, sec. 3.2.2).
+
+    The share of text steps falls to 0.1, not to the paper's 0.7: that share protects what two trillion tokens
+    taught the 7B, and nano's text is a few dialogue forms that it knows after its warm-up.
+    """
+    return Stage(
+        name="stage2",
+        steps=3000,
+        batch_size=32,
+        lr=1.5e-3,
+        schedule=Schedule(shape="step", warmup=100),
+        groups=(
+            Group(pattern=ADAPTOR),
+            Group(pattern=TRUNK, frozen=True),
+            Group(pattern=LOW, frozen=True),
+            Group(pattern=LANGUAGE),
+        ),
+        language=LanguageShare(target=0.1, start=0.5, warmup=300),
+    )
+
+
+def stage3() -> Stage:
+    """Supervised fine-tuning: SAM stays frozen, the rest learns (2403.05525, sec. 3.2.3)."""
+    return Stage(
+        name="stage3",
+        steps=2000,
+        batch_size=32,
+        lr=5e-4,
+        schedule=Schedule(shape="cosine", warmup=50),
+        groups=(
+            Group(pattern=ADAPTOR),
+            Group(pattern=TRUNK, frozen=True),
+            Group(pattern=LOW, lr=0.5),
+            Group(pattern=LANGUAGE),
+        ),
+        language=LanguageShare(target=0.05),
+    )
+
+
+CHECKPOINT = CheckpointConfig(
+    model=MODEL, image=IMAGE_CONFIG, template=TEMPLATE, max_tokens=MODEL.language.max_positions
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """What belongs to one start of the recipe: where it runs and how long it takes."""
+
+    folder: Path
+    """Where the stages keep their checkpoints and logs."""
+    device: torch.device
+    seed: int = 0
+    workers: int = 1
+    """Processes that draw pictures ahead."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves them as they are."""
+    scale: float = 1.0
+    """Multiplier on the steps of every stage, for trying the recipe out."""
+    resume: bool = True
+    """Go on where an earlier start stopped; otherwise the folder must be empty."""
+
+    def stage(self, stage: Stage) -> Stage:
+        """Return the stage with its steps scaled, warm-ups included."""
+        if self.scale == 1.0:
+            return stage
+
+        def scaled(steps: int) -> int:
+            return max(1, round(steps * self.scale))
+
+        share = stage.language and replace(stage.language, warmup=round(stage.language.warmup * self.scale))
+        schedule = replace(stage.schedule, warmup=min(scaled(stage.schedule.warmup), scaled(stage.steps)))
+        return replace(stage, steps=scaled(stage.steps), schedule=schedule, language=share)
+
+
+def build(
+    folder: Path,
+    *,
+    seed: int = 0,
+    device: torch.device,
+    workers: int = 1,
+    threads: int | None = None,
+    scale: float = 1.0,
+    resume: bool = True,
+    hooks: Sequence[Hook] = (),
+) -> Path:
+    """Train nano from nothing and return the folder of the finished checkpoint, in the official layout.
+
+    Every stage saves as it goes; a second call with the same folder goes on where the first one stopped.
+    Raises SeekVLError for a scale that is not above 0 and for a folder that holds something else.
+    """
+    if not scale > 0:
+        raise SeekVLError(f"scale {scale} must be above 0")
+    start = Build(
+        folder=folder, device=device, seed=seed, workers=workers, threads=threads, scale=scale, resume=resume
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    words = folder / "tokenizer.json"
+    if not words.exists():
+        log.info("learning the tokenizer")
+        train_tokenizer(words, seed=seed)
+    prepare = processor(Tokenizer.from_file(words))
+    model = VL(MODEL)
+    initialise(model, seed=seed)
+    _warm_up_towers(start, model, hooks=hooks)
+    for stage, questions in ((language(), 0), (stage1(), 4), (stage2(), 8), (stage3(), 8)):
+        _run_stage(start, model, prepare, stage=start.stage(stage), questions=questions, hooks=hooks)
+    target = folder / "seekvl-nano"
+    save_checkpoint(model, target, config=CHECKPOINT, tokenizer=words, dtype=torch.float16, overwrite=True)
+    return target
+
+
+def _warm_up_towers(start: Build, model: VL, *, hooks: Sequence[Hook]) -> None:
+    assert isinstance(model.vision, Hybrid)
+    stage = start.stage(encoders())
+    run = Run(
+        model=Labeller(model.vision),
+        stage=stage,
+        batch=cell_batches(IMAGE_CONFIG, batch_size=stage.batch_size, seed=start.seed),
+        objective=cell_loss,
+        folder=start.folder / stage.name,
+        seed=start.seed,
+        device=start.device,
+        precision="bfloat16",
+        workers=start.workers,
+        threads=start.threads,
+    )
+    train(run, resume=start.resume, hooks=hooks)
+
+
+def _run_stage(
+    start: Build, model: VL, prepare: Processor, *, stage: Stage, questions: int, hooks: Sequence[Hook]
+) -> None:
+    """Train one stage; `questions` is the most a picture is asked, 0 for a stage of text alone."""
+    text = TextSource(prepare, start.seed) if questions == 0 or stage.language else None
+    streams = Streams(
+        batch_size=stage.batch_size,
+        lengths=LENGTHS,
+        pad_id=prepare.tokenizer.pad_id,
+        language=text,
+        multimodal=PictureSource(prepare, seed_for(start.seed, stage.name), questions) if questions else None,
+        share=stage.language,
+    )
+    run = Run(
+        model=model,
+        stage=stage,
+        batch=streams,
+        objective=next_token_loss,
+        folder=start.folder / stage.name,
+        seed=start.seed,
+        kind=streams.kind,
+        device=start.device,
+        precision="bfloat16",
+        workers=start.workers,
+        threads=start.threads,
+    )
+    train(run, resume=start.resume, hooks=hooks)

@@ -1,0 +1,128 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from seekvl.corpus import nano as corpus
+from seekvl.models.hybrid import Hybrid
+from seekvl.models.vl import VL, on_meta
+from seekvl.processing.encode import Processor
+from seekvl.processing.pad_image import visual_tokens
+from seekvl.processing.tokenizer import GROUNDING_MARKS, Tokenizer
+from seekvl.recipes import nano
+from seekvl.recipes.nano_encoders import Labeller
+from seekvl.runtime import SeekVLError
+from seekvl.train.stage import Stage, assign
+from seekvl.weights.load import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("words") / "tokenizer.json"
+    nano.train_tokenizer(path, samples=300)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepare(words: Path) -> Processor:
+    return nano.processor(Tokenizer.from_file(words))
+
+
+def pieces(prepare: Processor, text: str) -> list[str]:
+    tokenizer = prepare.tokenizer
+    return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+
+
+def test_nano_is_small_and_both_sides_count_the_same_visual_tokens() -> None:
+    assert 2e6 < sum(p.numel() for p in on_meta(nano.MODEL).parameters()) < 6e6
+    assert nano.MODEL.visual_tokens == visual_tokens(nano.IMAGE_CONFIG) == 100
+    assert nano.MODEL.image_size == nano.IMAGE_CONFIG.image_size
+
+
+def test_capitals_and_digits_stay_single_tokens(prepare: Processor) -> None:
+    assert pieces(prepare, " STOP") == [" ", "S", "T", "O", "P"]
+    assert pieces(prepare, "[[120, 7, 999, 40]]") == [
+        *("[[", "1", "2", "0", ", ", "7", ", ", "9", "9", "9", ", ", "4", "0", "]]")
+    ]
+    assert pieces(prepare, " red circle") == [" red", " circle"]
+
+
+def test_the_tokenizer_writes_back_what_it_read(prepare: Processor) -> None:
+    text = "naïve café, 图片 🙂\n\tRead: STOP?\r\n"
+    assert prepare.tokenizer.decode(prepare.tokenizer.encode(text)) == text
+    assert all(prepare.tokenizer.token_id(mark) is not None for mark in GROUNDING_MARKS)
+    assert prepare.tokenizer.vocab_size <= nano.VOCABULARY
+
+
+def test_a_prompt_ends_as_the_trained_prefix_of_its_answer_begins(prepare: Processor) -> None:
+    for index in range(20):
+        conversation = corpus.sample(3, index, questions=1).conversation
+        trained = prepare.encode(conversation, train=True)
+        asked = prepare.encode(type(conversation)(conversation.messages[:-1]))
+        assert trained.input_ids[: len(asked.input_ids)].tolist() == asked.input_ids.tolist()
+        assert trained.loss_weights is not None
+        assert trained.loss_weights.nonzero()[0].item() == len(asked.input_ids)
+
+
+def test_every_stage_has_a_place_for_every_parameter() -> None:
+    model = on_meta(nano.MODEL)
+    for stage in (nano.language(), nano.stage1(), nano.stage2(), nano.stage3()):
+        assert sum(map(len, assign(stage, model))) == len(list(model.parameters()))
+    assert isinstance(model.vision, Hybrid)
+    with torch.device("meta"):
+        labeller = Labeller(model.vision)
+    assert sum(map(len, assign(nano.encoders(), labeller))) == len(list(labeller.parameters()))
+
+
+def learning(stage: Stage) -> set[str]:
+    model = on_meta(nano.MODEL)
+    lines = zip(stage.groups, assign(stage, model), strict=True)
+    return {name.split(".")[1] if name.startswith("vision") else name.split(".")[0]
+            for group, names in lines if not group.frozen for name in names}  # fmt: skip
+
+
+def test_stages_train_what_the_paper_trains() -> None:
+    assert learning(nano.stage1()) == {"adaptor", "high"}  # of the high tower its convolutions alone
+    assert learning(nano.stage2()) == {"adaptor", "high", "language"}
+    assert learning(nano.stage3()) == {"adaptor", "high", "low", "language"}
+    frozen = [group.pattern for group in nano.stage3().groups if group.frozen]
+    assert frozen == [nano.TRUNK]
+
+
+def test_initialisation_depends_on_the_seed_alone() -> None:
+    first, again, other = (VL(nano.MODEL) for _ in range(3))
+    nano.initialise(first, seed=1)
+    torch.rand(100)
+    nano.initialise(again, seed=1)
+    nano.initialise(other, seed=2)
+    for (name, a), b in zip(first.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(first.language.lm_head.weight, other.language.lm_head.weight)
+
+
+STAGES = ("encoders", "language", "stage1", "stage2", "stage3")
+
+
+def test_the_whole_recipe_runs_resumes_and_leaves_a_checkpoint_that_loads(
+    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in STAGES:
+        small = replace(getattr(nano, name)(), batch_size=2)
+        monkeypatch.setattr(nano, name, lambda stage=small: stage)
+    (tmp_path / "tokenizer.json").write_bytes(words.read_bytes())
+    made = nano.build(tmp_path, device=torch.device("cpu"), workers=0, scale=1e-6)
+    checkpoint = load_checkpoint(made)
+    assert checkpoint.model.config == nano.MODEL
+    assert checkpoint.processor.template == nano.TEMPLATE
+    saved = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/step-*/*")}
+    assert {path.parts[-3] for path in saved} == set(STAGES)
+    nano.build(tmp_path, device=torch.device("cpu"), workers=0, scale=1e-6)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/step-*/*")} == saved
+    with pytest.raises(SeekVLError, match="seed"):
+        nano.build(tmp_path, device=torch.device("cpu"), workers=0, scale=1e-6, seed=5)
+
+
+def test_a_scale_that_leaves_no_steps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SeekVLError, match="above 0"):
+        nano.build(tmp_path, device=torch.device("cpu"), scale=0.0)
