@@ -1,1 +1,1 @@
-"""."""
+"""Answering: requests, the cache of keys and values, sampling, and the loop from prompt to text."""

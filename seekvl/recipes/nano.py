@@ -201,7 +201,7 @@ def encoders() -> Stage:
         batch_size=32,
         lr=1.5e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.02),
-        groups=(Group(pattern=r"vision[.].*"), Group(pattern=r"read_(high|low)[.].*")),
+        groups=(Group(pattern=r"vision[.].*"), Group(pattern=r"read.*")),
     )
 
 
@@ -209,8 +209,8 @@ def language() -> Stage:
     """Warm-up of the language model on text."""
     return Stage(
         name="language",
-        steps=1200,
-        batch_size=64,
+        steps=600,
+        batch_size=32,
         lr=2e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.1),
         groups=(VISION, Group(pattern=r"adaptor[.].*", frozen=True), Group(pattern=LANGUAGE)),

@@ -1,1 +1,1 @@
-"""."""
+"""Published files in and out: layouts, tensors, checks, the bundled model."""

@@ -1,0 +1,161 @@
+"""What is asked of the engine, and what it gives back."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from seekvl.processing.encode import ModelInput
+from seekvl.runtime import SeekVLError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen, and when to end. Raises SeekVLError for a value that cannot be meant."""
+
+    max_new_tokens: int = 512
+    """Most tokens of an answer, 512 as in the reference; the model's longest sequence may end it earlier."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above, logits are divided by it before drawing."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have at least this probability."""
+    top_k: int | None = None
+    """Draw among this many likeliest tokens; None: all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens already generated, at temperature 0 too.
+
+    Tokens of the prompt do not count: the reference feeds embeddings, so its generation never sees their ids.
+    """
+    seed: int | None = None
+    """Makes draws repeatable; None: fresh ones each time."""
+    stop: str | tuple[str, ...] | None = None
+    """The answer ends before the first of these strings in its text."""
+
+    def __post_init__(self) -> None:
+        _whole("max_new_tokens", self.max_new_tokens, least=1)
+        _number("temperature", self.temperature)
+        _number("top_p", self.top_p)
+        _number("repetition_penalty", self.repetition_penalty)
+        if self.temperature < 0:
+            raise SeekVLError(
+                f"temperature {self.temperature} is negative; use 0 for the likeliest token, or more"
+            )
+        if not 0 < self.top_p <= 1:
+            raise SeekVLError(f"top_p {self.top_p} is outside of 0 < top_p <= 1; 1 keeps every token")
+        if self.repetition_penalty <= 0:
+            raise SeekVLError(
+                f"repetition_penalty {self.repetition_penalty} must be above 0; 1 changes nothing"
+            )
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, least=1)
+        if self.seed is not None:
+            _whole("seed", self.seed, least=None)
+        for text in self.stops:
+            if not isinstance(text, str) or not text:
+                raise SeekVLError(f"stop holds {text!r}; each stop string needs at least one letter")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        if self.stop is None:
+            return ()
+        if isinstance(self.stop, str):
+            return (self.stop,)
+        if not isinstance(self.stop, list | tuple):
+            raise SeekVLError(
+                f"stop is {type(self.stop).__name__}; use a string, or a tuple or list of strings"
+            )
+        return tuple(self.stop)
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the next token is simply the one with the largest logit."""
+        return self.temperature == 0 and self.repetition_penalty == 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One prompt to be answered."""
+
+    inputs: ModelInput
+    params: SamplingParams
+    end_id: int | None = None
+    """Token that ends the answer; None: the tokenizer's end token."""
+    strip: bool = True
+    """Whether whitespace at the start of the answer is left out of its text.
+
+    Prompts end in "Assistant:", so answers begin with a space. False where the prompt ends inside an answer.
+    """
+    preprocess_seconds: float = 0.0
+    """What making `inputs` took."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """Tokens spent."""
+
+    prompt_tokens: int
+    """All tokens of the prompt, pictures included."""
+    image_tokens: int
+    """Those that stand for pictures."""
+    completion_tokens: int
+    """Tokens generated, without the end token."""
+    cached_tokens: int
+    """Prompt tokens taken over from the turn before instead of being computed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """Seconds spent."""
+
+    preprocess: float
+    """Template, tokens, pictures to pixels."""
+    vision: float
+    """Vision towers and adaptor."""
+    prefill: float
+    """The rest of the prompt, to the logits of the first token."""
+    decode: float
+    """Choosing tokens and all later forward passes; rows of a batch share them, and each counts them in full.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """A finished answer."""
+
+    token_ids: tuple[int, ...]
+    """As generated, without the end token; tokens that spell a stop string are in."""
+    text: str
+    """Decoded, without specials of the template, cut before a stop string; see `Request.strip`."""
+    finish_reason: FinishReason
+    """"stop": end token or stop string; "length": `max_new_tokens`, or the model's longest sequence;
+    "cancelled".
+    """
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A step of a streamed answer; the texts of all pieces, joined, equal the answer's text."""
+
+    text: str
+    """Letters that are final now; often empty, while a letter or a possible stop string is incomplete."""
+    token_id: int | None
+    """The token just generated; None for a last piece without one."""
+    completion: Completion | None = None
+    """The whole answer, in the last piece only."""
+
+
+def _whole(name: str, value: object, *, least: int | None) -> None:
+    """Refuse what is no whole number, or below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise SeekVLError(f"{name} must be a whole number{bound}, not {value!r}")
+
+
+def _number(name: str, value: object) -> None:
+    """Refuse what is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SeekVLError(f"{name} must be a finite number, not {value!r}")

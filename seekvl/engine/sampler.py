@@ -1,0 +1,112 @@
+"""Choosing the next token from its logits.
+
+The order is that of the reference's generation: repetition penalty, temperature, top-k, top-p, draw. Output
+rows beyond the vocabulary are not excluded, as they are not there; published models never rate them highest,
+and they decode to nothing.
+
+Letters: n rows, v vocabulary, m tokens generated so far.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from seekvl.engine.request import SamplingParams
+from seekvl.runtime import SeekVLError, torch_generator
+
+
+@dataclass(kw_only=True, slots=True)
+class Sampler:
+    """The state of choosing for one answer: what was generated, and its own source of randomness."""
+
+    params: SamplingParams
+    generated: list[int] = field(default_factory=list)
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.params.seed is None:
+            self.generator = torch.Generator()
+            self.generator.seed()
+        else:
+            self.generator = torch_generator(self.params.seed, "sampling")
+
+
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Choose the next token of each row of logits f32[n, v].
+
+    Raises SeekVLError for logits that are not finite.
+    """
+    peaks, likeliest = logits.max(dim=-1)
+    for row, peak in enumerate(peaks.tolist()):
+        if not math.isfinite(peak):
+            raise SeekVLError(
+                f"logits for token {len(samplers[row].generated) + 1} of row {row} are not finite: {peak}; "
+                "check the weights with `seekvl verify`, or do not compute in float16"
+            )
+    tokens = likeliest.tolist()
+    return [
+        token if sampler.params.plain_greedy else choose_one(logits[row], sampler)
+        for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True))
+    ]
+
+
+def choose_one(logits: Tensor, sampler: Sampler) -> int:
+    """Choose the next token from logits f32[v]."""
+    params = sampler.params
+    scores = penalise(logits, sampler.generated, penalty=params.repetition_penalty)
+    if params.temperature == 0:
+        return int(scores.argmax())
+    probabilities = distribution(scores, params)
+    return int(torch.multinomial(probabilities.cpu(), 1, generator=sampler.generator))
+
+
+def distribution(scores: Tensor, params: SamplingParams) -> Tensor:
+    """Return the probabilities f64[v] to draw from, for a temperature above 0."""
+    scores = scores.double()
+    scores = (
+        scores - scores.max()
+    ) / params.temperature  # at most 0, so that a tiny temperature cannot overflow
+    if params.top_k is not None:
+        scores = keep_top_k(scores, params.top_k)
+    if params.top_p < 1:
+        scores = keep_top_p(scores, params.top_p)
+    return scores.softmax(-1)
+
+
+def penalise(logits: Tensor, generated: Sequence[int], *, penalty: float) -> Tensor:
+    """Make tokens i64[m] that were generated before less likely (above 1) or more so (below 1), each once."""
+    if penalty == 1.0 or not generated:
+        return logits
+    seen = torch.tensor(sorted(set(generated)), device=logits.device)
+    scores = logits.clone()
+    picked = scores[seen]
+    scores[seen] = torch.where(picked < 0, picked * penalty, picked / penalty)
+    return scores
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """Set all but the k largest of f[v] to minus infinity; ties with the k-th stay.
+
+    >>> keep_top_k(torch.tensor([1.0, 3.0, 2.0]), 2)
+    tensor([-inf, 3., 2.])
+    """
+    if k >= scores.shape[-1]:
+        return scores
+    return scores.masked_fill(scores < scores.topk(k).values[-1], -math.inf)
+
+
+def keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """Keep the likeliest of f[v] that together reach probability p; the others become minus infinity.
+
+    >>> keep_top_p(torch.tensor([0.5, 0.3, 0.2]).log(), 0.6).isfinite()
+    tensor([ True,  True, False])
+    """
+    ordered, index = scores.sort(descending=True)
+    probabilities = ordered.softmax(-1)
+    ahead = probabilities.cumsum(-1) - probabilities  # probability of all likelier tokens
+    drop = torch.empty_like(ahead, dtype=torch.bool)
+    drop[index] = ahead >= p
+    return scores.masked_fill(drop, -math.inf)

@@ -1,0 +1,392 @@
+"""The object users hold: a model with its processor, to be asked, streamed, scored and chatted with."""
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seekvl.engine.generate import generate
+from seekvl.engine.prefix import Prefix
+from seekvl.engine.request import Completion, FinishReason, Piece, Request, SamplingParams, Timings, Usage
+from seekvl.engine.score import Score, prompt_logits, score_continuations
+from seekvl.models.vl import VL, VLConfig
+from seekvl.processing.conversation import Conversation, Message, Source, Text, parse_messages
+from seekvl.processing.encode import Processor
+from seekvl.processing.grounding import Box, parse_boxes
+from seekvl.processing.pad_image import Preprocessing
+from seekvl.processing.picture import open_picture
+from seekvl.processing.tokenizer import Tokenizer
+from seekvl.runtime import SeekVLError
+
+Messages: TypeAlias = Sequence[Mapping[str, object]] | Conversation | str
+"""Every form of a conversation; see `processing.conversation.parse_messages`."""
+Stop: TypeAlias = str | tuple[str, ...] | None
+Cancel: TypeAlias = Callable[[], bool] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What the model said."""
+
+    text: str
+    """Without template specials and leading whitespace, cut before a stop string; grounding marks stay."""
+    token_ids: list[int]
+    """As generated, without the end token."""
+    boxes: list[Box]
+    """Boxes the text names, in 0..999 of the original picture."""
+    finish_reason: FinishReason
+    """"stop", "length" or "cancelled"."""
+    usage: Usage
+    timings: Timings
+
+
+def load(
+    name: str | Path = "seekvl-nano",
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    revision: str | None = None,
+    preprocessing: Preprocessing = "seekvl",
+    max_tokens: int | None = None,
+) -> "VLM":
+    """Load the bundled seekvl-nano, a folder in the official or the transformers layout, or a hub id.
+
+    device, dtype: "auto" takes CUDA where there is one, and a dtype that suits device and size.
+    revision: commit, tag or branch of a hub id.
+    preprocessing: "seekvl" (the official numerics, EXIF orientation applied, alpha on the pad colour),
+    "official" (the reference bit for bit) or "transformers".
+    max_tokens: most tokens of a prompt; None takes the length the checkpoint was trained with.
+
+    Raises SeekVLError for what cannot be loaded, and for any `quantize`: this version has none.
+    """
+    if quantize is not None:
+        raise SeekVLError(
+            f"quantize={quantize!r}: this version of seekvl cannot quantize; "
+            "leave quantize=None and use dtype='bfloat16'"
+        )
+    from seekvl.weights.load import load_checkpoint
+
+    checkpoint = load_checkpoint(
+        name,
+        device=device,
+        dtype=dtype,
+        preprocessing=preprocessing,
+        revision=revision,
+        max_tokens=max_tokens,
+    )
+    return VLM(checkpoint.model, checkpoint.processor)
+
+
+class VLM:
+    """A model that sees and answers; get one from `seekvl.load`, or wrap a model that is being trained."""
+
+    def __init__(self, model: VL, processor: Processor, *, prefill_chunk: int | None = None) -> None:
+        if processor.picture_tokens != model.config.visual_tokens:
+            raise SeekVLError(
+                f"the processor makes {processor.picture_tokens} slots a picture, the model "
+                f"{model.config.visual_tokens}; they belong to different checkpoints"
+            )
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise SeekVLError(f"prefill_chunk must be at least 1 token, not {prefill_chunk}")
+        self.model = model
+        self.processor = processor
+        self.prefill_chunk = prefill_chunk
+        """Most prompt tokens in one forward pass; None takes prompts whole. The answer is the same."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def config(self) -> VLConfig:
+        """The dimensions of the networks."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.language.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are, and what is computed in."""
+        return self.model.language.embed_tokens.weight.dtype
+
+    def ask(
+        self,
+        images: Source | Sequence[Source],
+        question: str,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Stop = None,
+    ) -> Answer:
+        """Answer a question about one picture or several, which stand in front of it; `[]` shows none."""
+        return self.chat(
+            Conversation((user_message(question, images),)),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+        )
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Stop = None,
+        cancel: Cancel = None,
+    ) -> Answer:
+        """Answer a conversation; arguments as in `SamplingParams`. A last assistant message is continued.
+
+        `cancel` is asked before every step and ends the answer, as "cancelled", when it returns True.
+        """
+        pieces = self.stream(
+            messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            cancel=cancel,
+        )
+        return _last_answer(pieces)
+
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Stop = None,
+        cancel: Cancel = None,
+    ) -> Generator[Piece, None, None]:
+        """Answer piece by piece: the texts, joined, equal `chat(...).text`.
+
+        The last piece holds the completion, which `answer_of` turns into an `Answer`.
+
+        Bad input raises here, not at the first piece. Closing the iterator ends the work.
+        """
+        params = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+        )
+        return self._stream(messages, params, prefix=None, cancel=cancel)
+
+    def batch(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Stop = None,
+        cancel: Cancel = None,
+    ) -> list[Answer]:
+        """Answer conversations together, each as `chat` would alone; all of them are checked before the first
+        is computed.
+
+        In float32 greedy answers are the same ids; in half precision a near-tie may fall the other way.
+
+        Raises SeekVLError naming the conversation that is at fault.
+        """
+        if isinstance(conversations, str | bytes | Mapping | Conversation):
+            raise SeekVLError("batch takes a list of conversations; use chat for a single one")
+        params = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+        )
+        requests = []
+        for index, messages in enumerate(conversations, start=1):
+            try:
+                requests.append(self._request(messages, params))
+            except SeekVLError as error:
+                raise SeekVLError(f"conversation {index} of {len(conversations)}: {error}") from error
+        pieces = generate(
+            self.model, self.tokenizer, requests=requests, chunk=self.prefill_chunk, cancel=cancel
+        )
+        done = {index: piece.completion for index, piece in pieces if piece.completion is not None}
+        return [answer_of(done[index]) for index in range(len(requests))]
+
+    def score(self, messages: Messages, continuations: Sequence[str]) -> list[Score]:
+        """Score how likely each continuation is after the prompt; it is encoded as it stands, right after
+        "Assistant:".
+
+        Answers in the template start with a space: give " A" to score the answer A as the model was taught to
+        write it.
+        """
+        if isinstance(continuations, str):
+            raise SeekVLError("score takes a list of continuations, not a single string")
+        ids = [self.tokenizer.encode(text) for text in continuations]
+        inputs = self.processor(messages)
+        return score_continuations(self.model, inputs, continuations=ids, chunk=self.prefill_chunk)
+
+    def logits(self, messages: Messages) -> Tensor:
+        """Return the logits f32[t, v] after each token of the prompt, on the CPU."""
+        return prompt_logits(self.model, self.processor(messages))
+
+    def session(self, *, system: str | None = None) -> "Session":
+        """Start a conversation whose past stays in the cache."""
+        return Session(self, system=system)
+
+    def _request(self, messages: Messages, params: SamplingParams) -> Request:
+        """Prepare a conversation for the engine."""
+        began = time.perf_counter()
+        conversation = parse_messages(messages)
+        inputs = self.processor.encode(conversation)
+        return Request(
+            inputs=inputs,
+            params=params,
+            strip=conversation.messages[-1].role == "user",
+            preprocess_seconds=time.perf_counter() - began,
+        )
+
+    def _stream(
+        self, messages: Messages, params: SamplingParams, *, prefix: Prefix | None, cancel: Cancel
+    ) -> Generator[Piece, None, None]:
+        """Prepare one conversation now, and answer it as the iterator is drawn from."""
+        pieces = generate(
+            self.model,
+            self.tokenizer,
+            requests=[self._request(messages, params)],
+            prefix=prefix,
+            chunk=self.prefill_chunk,
+            cancel=cancel,
+        )
+        return (piece for _, piece in pieces)
+
+
+class Session:
+    """A conversation that grows turn by turn; get one from `VLM.session`.
+
+    Words and pictures of earlier turns stay in the cache: only what is new is computed. A turn that is
+    cancelled, closed early or answered with no letter at all is not part of the conversation afterwards.
+    """
+
+    def __init__(self, vlm: VLM, *, system: str | None = None) -> None:
+        self.vlm = vlm
+        self.system = system
+        self.messages: tuple[Message, ...] = ()
+        """The turns so far: user and assistant in turn."""
+        self._prefix = Prefix(vlm.model)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        images: Source | Sequence[Source] = (),
+        params: SamplingParams | None = None,
+        cancel: Cancel = None,
+    ) -> Answer:
+        """Answer the next question, with pictures in front of it."""
+        return _last_answer(self.stream(question, images=images, params=params, cancel=cancel))
+
+    def stream(
+        self,
+        question: str,
+        *,
+        images: Source | Sequence[Source] = (),
+        params: SamplingParams | None = None,
+        cancel: Cancel = None,
+    ) -> Generator[Piece, None, None]:
+        """Answer the next question piece by piece, as `VLM.stream` does."""
+        limits = self.vlm.processor.limits
+        opened = [open_picture(source, limits=limits) for source in _sources(images)]
+        turn = user_message(question, opened)
+        conversation = Conversation((*self.messages, turn), self.system)
+        pieces = self.vlm._stream(
+            conversation, params or SamplingParams(), prefix=self._prefix, cancel=cancel
+        )
+        return self._keep(turn, pieces)
+
+    def reset(self) -> None:
+        """Forget the conversation; the system prompt stays."""
+        self.messages = ()
+        self._prefix.clear()
+
+    def _keep(self, turn: Message, pieces: Iterator[Piece]) -> Generator[Piece, None, None]:
+        """Pass pieces on, and take the turn into the conversation when its answer is whole."""
+        for piece in pieces:
+            done = piece.completion
+            if done is not None and done.finish_reason != "cancelled" and done.text.strip():
+                self.messages += (turn, Message("assistant", (Text(done.text),)))
+            yield piece
+
+
+def user_message(question: str, images: Source | Sequence[Source] = ()) -> Message:
+    """Make the message of a user who shows pictures and asks; pictures stand in front of the words."""
+    if not isinstance(question, str):
+        raise SeekVLError(f"the question must be a string, not {type(question).__name__}")
+    pictures = parse_messages([{"role": "user", "content": question, "images": _sources(images)}])
+    return pictures.messages[0]
+
+
+def answer_of(completion: Completion) -> Answer:
+    """Turn what the engine made into an answer with boxes."""
+    return Answer(
+        text=completion.text,
+        token_ids=list(completion.token_ids),
+        boxes=parse_boxes(completion.text),
+        finish_reason=completion.finish_reason,
+        usage=completion.usage,
+        timings=completion.timings,
+    )
+
+
+def _sources(images: Source | Sequence[Source]) -> list[Source]:
+    """Make a list of one picture or several."""
+    if isinstance(images, str | Path | bytes | Image.Image):
+        return [images]
+    if not isinstance(images, list | tuple):
+        raise SeekVLError(
+            f"pictures are one path, URL, bytes or PIL image, or a list; not {type(images).__name__}"
+        )
+    return list(images)
+
+
+def _last_answer(pieces: Iterator[Piece]) -> Answer:
+    """Draw all pieces and return the answer the last one holds."""
+    completion = None
+    for piece in pieces:
+        completion = piece.completion
+    assert completion is not None
+    return answer_of(completion)

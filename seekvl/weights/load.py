@@ -1,0 +1,200 @@
+"""From a name or a folder to a network with its processor, ready to use."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from seekvl.models.vl import VL, on_meta
+from seekvl.presets import SHORT_NAMES
+from seekvl.processing.encode import Processor
+from seekvl.processing.pad_image import Preprocessing
+from seekvl.processing.tokenizer import Tokenizer
+from seekvl.runtime import SeekVLError, select_device, select_dtype
+from seekvl.weights.config import CheckpointConfig, read_config
+from seekvl.weights.key_map import KeyMap
+from seekvl.weights.official import official_map
+from seekvl.weights.read import load_tensors
+from seekvl.weights.transformers_layout import transformers_map
+
+NANO = "seekvl-nano"
+"""Name of the model that ships with the package."""
+
+NANO_FOLDER = Path(__file__).parent / "nano"
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+DOWNLOADED = ["*.json", "*.safetensors"]
+"""What is fetched from the hub: never code, never pickles."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A loaded checkpoint."""
+
+    model: VL
+    """In evaluation mode, without gradients."""
+    processor: Processor
+    config: CheckpointConfig
+    folder: Path
+    name: str
+    """As it was asked for."""
+
+
+def load_checkpoint(
+    name: str | Path = NANO,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    preprocessing: Preprocessing = "seekvl",
+    revision: str | None = None,
+    max_tokens: int | None = None,
+) -> Checkpoint:
+    """Load a checkpoint of either layout: the bundled model, a folder, or a hub id.
+
+    `max_tokens` bounds a prompt: by default the 4,096 tokens the checkpoints were trained on, at most the
+    positions they have. Everything is checked before the weights are read, and the weights before anything is
+    computed.
+    """
+    folder = find_folder(name, revision=revision)
+    config = read_config(folder)
+    limit = _limit(config, max_tokens)
+    tokenizer = load_tokenizer(folder, config)
+    processor = Processor(
+        tokenizer, config.image, config.template, preprocessing=preprocessing, max_tokens=limit
+    )
+    return Checkpoint(
+        model=load_model(folder, config=config, device=device, dtype=dtype),
+        processor=processor,
+        config=config,
+        folder=folder,
+        name=str(name),
+    )
+
+
+def load_model(
+    folder: Path,
+    *,
+    config: CheckpointConfig,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> VL:
+    """Load the network alone, in evaluation mode and without gradients."""
+    model = on_meta(config.model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    place = select_device(device)
+    load_tensors(
+        model,
+        folder,
+        key_map=layout_map(config),
+        dtype=select_dtype(dtype, device=place, parameters=parameters),
+        device=place,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def layout_map(config: CheckpointConfig) -> KeyMap:
+    """Return the key map of a checkpoint's layout."""
+    return official_map(config.model) if config.layout == "official" else transformers_map(config.model)
+
+
+def load_tokenizer(folder: Path, config: CheckpointConfig) -> Tokenizer:
+    """Load the tokenizer of a checkpoint and compare its ids with the network.
+
+    Raises SeekVLError when a special is missing, an id has no embedding row, or the config names another
+    image token.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise SeekVLError(f"{folder} has no tokenizer.json: download the whole checkpoint folder")
+    return open_tokenizer(path, config)
+
+
+def open_tokenizer(path: Path, config: CheckpointConfig) -> Tokenizer:
+    """Open a `tokenizer.json` for the network of this config, with the same errors."""
+    specials = config.specials
+    tokenizer = Tokenizer.from_file(
+        path, bos=specials.bos, eos=specials.eos, image=specials.image, pad=specials.pad
+    )
+    rows = config.model.language.vocab_size
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_id, tokenizer.pad_id)
+    highest = max(tokenizer.vocab_size - 1, *ids)
+    if highest >= rows:
+        raise SeekVLError(
+            f"{path}: token ids go up to {highest}, but the model has {rows} embedding rows: "
+            "they belong to two checkpoints"
+        )
+    if config.image_id is not None and config.image_id != tokenizer.image_id:
+        raise SeekVLError(
+            f"{path}: {specials.image} has id {tokenizer.image_id}, "
+            f"but config.json says image_token_id {config.image_id}"
+        )
+    return tokenizer
+
+
+def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
+    """Return the local folder of a checkpoint, after downloading it where the name is a hub id.
+
+    What looks like a path and is none is an error, never a download.
+    """
+    if name == NANO:
+        if not (NANO_FOLDER / "config.json").exists():
+            raise SeekVLError(f"{NANO} is not in this installation ({NANO_FOLDER}): reinstall seekvl")
+        return NANO_FOLDER
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise SeekVLError(
+                f"revision {revision!r} was given for the folder {path}: a folder has one revision"
+            )
+        return path
+    if path.exists():
+        raise SeekVLError(f"{path} is a file; give the folder that holds config.json and the weights")
+    text = SHORT_NAMES.get(str(name), str(name))
+    if isinstance(name, Path) or not HUB_ID.fullmatch(text) or Path(text).parent.exists():
+        known = ", ".join([NANO, *SHORT_NAMES])
+        raise SeekVLError(
+            f"there is no folder {str(name)!r}; give an existing folder, a hub id org/name, or one of {known}"
+        )
+    return _download(text, revision=revision)
+
+
+def _download(repository: str, *, revision: str | None) -> Path:
+    """Fetch a repository's weights and JSON files into the hub cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=DOWNLOADED))
+    except GatedRepoError as error:
+        raise SeekVLError(f"{repository} asks for a login: accept its terms on the hub and log in") from error
+    except RepositoryNotFoundError as error:
+        raise SeekVLError(f"the hub has no {repository} (or it is private): check the name") from error
+    except RevisionNotFoundError as error:
+        raise SeekVLError(f"{repository} has no revision {revision!r} on the hub") from error
+    except LocalEntryNotFoundError as error:
+        raise SeekVLError(
+            f"{repository} is not in the local hub cache and the hub cannot be reached: go online or give a "
+            "folder"
+        ) from error
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SeekVLError(f"{repository} cannot be downloaded: {reason}") from error
+
+
+def _limit(config: CheckpointConfig, max_tokens: int | None) -> int:
+    """Return the bound on a prompt, tokens."""
+    if max_tokens is None:
+        return config.max_tokens
+    positions = config.model.language.max_positions
+    if not 1 <= max_tokens <= positions:
+        raise SeekVLError(f"max_tokens {max_tokens} is outside 1..{positions}, the positions this model has")
+    return max_tokens

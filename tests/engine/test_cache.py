@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+from seekvl.engine.cache import BLOCK, KVCache
+from seekvl.models.llama import LlamaConfig
+from seekvl.runtime import SeekVLError
+
+CONFIG = LlamaConfig(
+    vocab_size=8, width=8, layers=2, heads=2, kv_heads=1, mlp_width=8, max_positions=3 * BLOCK
+)
+
+
+def cache(rows: int = 1) -> KVCache:
+    return KVCache(CONFIG, rows=rows, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def tokens(rows: int, count: int, *, value: float = 0.0) -> torch.Tensor:
+    return torch.arange(rows * count * 4.0).view(rows, 1, count, 4) + value
+
+
+def fill(target: KVCache, row: int, count: int, *, value: float = 0.0) -> torch.Tensor:
+    target.reserve(target.lengths[row] + count)
+    view, k = target.row(row), tokens(1, count, value=value)
+    for layer in range(CONFIG.layers):
+        view.update(layer, k, -k)
+    view.advance(count)
+    return k
+
+
+def test_a_row_returns_everything_it_holds() -> None:
+    held = cache()
+    first = fill(held, 0, 3)
+    held.reserve(5)
+    second = tokens(1, 2, value=100)
+    k, v = held.row(0).update(1, second, -second)
+    assert torch.equal(k, torch.cat((first, second), dim=2))
+    assert torch.equal(v, -k)
+
+
+def test_rows_are_appended_at_their_own_length() -> None:
+    held = cache(rows=3)
+    for row, count in enumerate((4, 1, 4)):
+        fill(held, row, count, value=10.0 * row)
+    held.reserve(5)
+    new = torch.full((3, 1, 1, 4), 99.0)
+    k, _ = held.update(0, new, new)
+    assert k.shape == (3, 1, 5, 4)
+    assert [row[0, :, 0].tolist().index(99.0) for row in k] == [4, 1, 4]
+    mask = held.mask(3)
+    assert mask is not None
+    assert mask[:, 0, 0].tolist() == [[True] * 5, [True, True, False, False, False], [True] * 5]
+    assert held.positions(3).tolist() == [[4], [1], [4]]
+    held.advance(3)
+    assert held.lengths == [5, 2, 5]
+
+
+def test_equal_rows_need_no_mask() -> None:
+    held = cache(rows=2)
+    fill(held, 0, 2)
+    fill(held, 1, 2)
+    assert held.mask(2) is None
+    assert held.row(1).mask(1) is None
+    assert cache().row(0).mask(3) is None
+
+
+def test_new_tokens_of_a_filled_row_see_the_past_and_themselves() -> None:
+    held = cache()
+    fill(held, 0, 2)
+    mask = held.row(0).mask(3)
+    assert mask is not None
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_growing_keeps_what_is_held() -> None:
+    held = cache()
+    first = fill(held, 0, BLOCK)
+    assert held.capacity == BLOCK
+    held.reserve(BLOCK + 1)
+    assert held.capacity == 2 * BLOCK
+    new = tokens(1, 1)
+    k, _ = held.update(0, new, new)
+    assert torch.equal(k[:, :, :BLOCK], first)
+    assert held.nbytes == 2 * CONFIG.layers * 2 * BLOCK * 4 * 4
+
+
+def test_columns_nobody_wrote_are_finite() -> None:
+    # a mask gives them weight 0, and 0 times NaN would be NaN: a ragged batch once died of it
+    held = cache(rows=2)
+    fill(held, 0, 9)
+    held.reserve(BLOCK + 1)
+    new = tokens(2, 1)
+    k, v = held.update(0, new, new)
+    assert k[1, :, 1:].abs().sum() == v[1, :, 1:].abs().sum() == 0
+
+
+def test_capacity_ends_at_the_longest_sequence() -> None:
+    held = cache()
+    held.reserve(3 * BLOCK)
+    with pytest.raises(SeekVLError, match=r"769 tokens exceed the model's longest sequence of 768"):
+        held.reserve(3 * BLOCK + 1)
+
+
+def test_writing_past_the_buffers_is_an_error() -> None:
+    held = cache()
+    with pytest.raises(SeekVLError, match="room for 0 tokens a row, 1 are needed"):
+        held.update(0, tokens(1, 1), tokens(1, 1))
+    with pytest.raises(SeekVLError, match="room for 0 tokens a row, 3 are needed"):
+        held.row(0).update(0, tokens(1, 3), tokens(1, 3))
+
+
+def test_many_tokens_need_a_row() -> None:
+    with pytest.raises(SeekVLError, match="use row"):
+        cache().update(0, tokens(1, 2), tokens(1, 2))
+
+
+def test_truncate_forgets_the_end_and_only_the_end() -> None:
+    held = cache()
+    first = fill(held, 0, 4)
+    held.truncate(0, 2)
+    new = tokens(1, 1, value=50)
+    k, _ = held.row(0).update(0, new, new)
+    assert torch.equal(k, torch.cat((first[:, :, :2], new), dim=2))
+    for length in (-1, 3):
+        with pytest.raises(SeekVLError, match=f"cannot be cut to {length}"):
+            held.truncate(0, length)
+
+
+def test_move_puts_a_row_in_the_place_of_another() -> None:
+    held = cache(rows=3)
+    fill(held, 0, 4)
+    moved = fill(held, 2, 2, value=70)
+    held.move(2, 0)
+    assert held.lengths[0] == 2
+    held.reserve(3)
+    k, _ = held.row(0).update(1, tokens(1, 1), tokens(1, 1))
+    assert torch.equal(k[:, :, :2], moved)
+
+
+def test_a_cache_without_rows_is_refused() -> None:
+    with pytest.raises(SeekVLError, match="at least 1 row"):
+        cache(rows=0)

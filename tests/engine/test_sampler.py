@@ -1,0 +1,86 @@
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from seekvl.engine.request import SamplingParams
+from seekvl.engine.sampler import Sampler, choose, choose_one, distribution, penalise
+from seekvl.runtime import SeekVLError
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
+
+
+def draws(count: int = 2000, **params: object) -> Counter[int]:
+    sampler = Sampler(params=SamplingParams(seed=7, **params))  # type: ignore[arg-type]
+    return Counter(choose_one(LOGITS, sampler) for _ in range(count))
+
+
+def test_temperature_zero_takes_the_largest() -> None:
+    rows = torch.stack((LOGITS, LOGITS.flip(0)))
+    assert choose(rows, [Sampler(params=SamplingParams()) for _ in range(2)]) == [1, 2]
+
+
+def test_draws_follow_the_probabilities() -> None:
+    counts = draws(8000, temperature=1.0)
+    expected = LOGITS.softmax(-1)
+    for token, probability in enumerate(expected.tolist()):
+        assert counts[token] / 8000 == pytest.approx(probability, abs=0.02)
+
+
+def test_a_lower_temperature_is_more_certain() -> None:
+    half = distribution(LOGITS, SamplingParams(temperature=0.5))
+    assert torch.allclose(half, (LOGITS.double() * 2).softmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-40])
+def test_a_tiny_temperature_is_greedy_and_not_a_crash(temperature: float) -> None:
+    assert draws(20, temperature=temperature) == {1: 20}
+
+
+def test_top_k_keeps_the_likeliest() -> None:
+    assert set(draws(temperature=5.0, top_k=2)) == {1, 2}
+    assert set(draws(200, temperature=5.0, top_k=1)) == {1}
+    assert set(draws(temperature=5.0, top_k=100)) == {0, 1, 2, 3}
+
+
+def test_top_p_keeps_what_reaches_it() -> None:
+    # probabilities 0.0889, 0.6572, 0.2418, 0.0120
+    assert set(draws(temperature=1.0, top_p=0.6)) == {1}
+    assert set(draws(temperature=1.0, top_p=0.7)) == {1, 2}
+    assert set(draws(temperature=1.0, top_p=0.95)) == {0, 1, 2}
+    assert set(draws(200, temperature=1.0, top_p=1e-9)) == {1}
+
+
+def test_top_p_counts_within_top_k() -> None:
+    # among the two likeliest the first has 0.7311
+    assert set(draws(temperature=1.0, top_k=2, top_p=0.72)) == {1}
+
+
+def test_the_penalty_hits_each_generated_token_once() -> None:
+    scores = penalise(LOGITS, [1, 1, 3], penalty=2.0)
+    assert scores.tolist() == [1.0, 1.5, 2.0, -2.0]
+    assert LOGITS.tolist() == [1.0, 3.0, 2.0, -1.0]
+
+
+def test_the_penalty_counts_at_temperature_zero() -> None:
+    sampler = Sampler(params=SamplingParams(repetition_penalty=2.0), generated=[1])
+    assert choose(LOGITS[None], [sampler]) == [2]
+
+
+def test_a_seed_repeats_and_another_differs() -> None:
+    def run(seed: int | None) -> list[int]:
+        sampler = Sampler(params=SamplingParams(temperature=5.0, seed=seed))
+        return [choose_one(LOGITS, sampler) for _ in range(40)]
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    assert run(None) != run(None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(bad: float, temperature: float) -> None:
+    logits = torch.tensor([[0.0, bad, 1.0]])
+    with pytest.raises(SeekVLError, match=r"token 1 of row 0 are not finite"):
+        choose(logits, [Sampler(params=SamplingParams(temperature=temperature))])

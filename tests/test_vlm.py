@@ -1,0 +1,292 @@
+"""The object users hold, on the smallest golden checkpoint (random weights: the words mean nothing)."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import seekvl
+from seekvl import vlm as vlm_module
+from seekvl.engine.request import Completion, SamplingParams, Timings, Usage
+from seekvl.processing.encode import Processor
+from seekvl.processing.template import DEEPSEEK
+
+GOLDEN = Path(__file__).parent / "golden"
+PICTURE = GOLDEN / "images" / "grad_224x160.png"
+OTHER = GOLDEN / "images" / "square_384x384.png"
+
+
+@pytest.fixture(scope="module")
+def vlm() -> seekvl.VLM:
+    return seekvl.load(GOLDEN / "vl1-siglip", device="cpu", dtype="float32")
+
+
+def shown(*pictures: object, text: str = "What is this?") -> list[dict[str, object]]:
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def test_importing_seekvl_loads_nothing_heavy() -> None:
+    code = "import sys, seekvl; seekvl.__version__; print('torch' in sys.modules, sorted(dir(seekvl)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, names = run.stdout.strip().split(" ", 1)
+    assert loaded == "False"
+    assert names == str(sorted(seekvl.__all__))
+
+
+def test_every_public_name_exists() -> None:
+    for name in seekvl.__all__:
+        assert getattr(seekvl, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        seekvl.nothing  # noqa: B018
+
+
+def test_what_users_hold(vlm: seekvl.VLM) -> None:
+    assert vlm.device == torch.device("cpu")
+    assert vlm.dtype == torch.float32
+    assert vlm.tokenizer is vlm.processor.tokenizer
+    assert vlm.config is vlm.model.config
+    inputs = vlm.processor(shown(PICTURE))
+    assert inputs.input_ids.dtype == torch.int64
+    assert inputs.input_ids.ndim == 1
+
+
+def test_ask_takes_a_picture_in_every_form(vlm: seekvl.VLM) -> None:
+    with Image.open(PICTURE) as image:
+        image.load()
+    forms = [PICTURE, str(PICTURE), PICTURE.read_bytes(), image, [PICTURE], (image,)]
+    answers = [vlm.ask(form, "What is this?", max_new_tokens=6) for form in forms]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 1
+    assert answers[0].usage.image_tokens == 36
+    assert answers[0].token_ids == vlm.chat(shown(PICTURE), max_new_tokens=6).token_ids
+
+
+def test_ask_without_a_picture_and_with_several(vlm: seekvl.VLM) -> None:
+    assert vlm.ask([], "Hello?", max_new_tokens=2).usage.image_tokens == 0
+    assert vlm.ask([PICTURE, OTHER], "Which?", max_new_tokens=2).usage.image_tokens == 72
+
+
+def test_the_answer_is_complete(vlm: seekvl.VLM) -> None:
+    answer = vlm.chat(shown(PICTURE), max_new_tokens=6)
+    assert answer.text == vlm.tokenizer.decode(answer.token_ids).lstrip()
+    assert answer.finish_reason == "length"
+    assert answer.usage.completion_tokens == len(answer.token_ids) == 6
+    assert answer.usage.prompt_tokens == len(vlm.processor(shown(PICTURE)).input_ids)
+    timings = answer.timings
+    assert min(timings.preprocess, timings.vision, timings.prefill, timings.decode) > 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 1.2, "seed": 4},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 30, "repetition_penalty": 1.2, "seed": 5},
+        {"stop": ("e", "我")},
+    ],
+)
+def test_pieces_joined_equal_the_text(vlm: seekvl.VLM, params: dict[str, Any]) -> None:
+    pieces = list(vlm.stream(shown(PICTURE), max_new_tokens=20, **params))
+    answer = vlm.chat(shown(PICTURE), max_new_tokens=20, **params)
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert [piece.token_id for piece in pieces if piece.token_id is not None] == answer.token_ids
+    assert [piece.completion is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_a_started_answer_is_continued_with_its_space(vlm: seekvl.VLM) -> None:
+    messages = [*shown(PICTURE), {"role": "assistant", "content": "It is a"}]
+    answer = vlm.chat(messages, max_new_tokens=8)
+    assert answer.text == vlm.tokenizer.decode(answer.token_ids)
+
+
+def test_batch_equals_chat(vlm: seekvl.VLM) -> None:
+    conversations: list[Any] = ["Hello, who are you?", shown(PICTURE), shown(PICTURE, OTHER), "Hi"]
+    together = vlm.batch(conversations, max_new_tokens=8)
+    for conversation, answer in zip(conversations, together, strict=True):
+        alone = vlm.chat(conversation, max_new_tokens=8)
+        assert (answer.token_ids, answer.text) == (alone.token_ids, alone.text)
+    assert vlm.batch([]) == []
+
+
+def test_a_bad_conversation_stops_a_batch_before_it_starts(vlm: seekvl.VLM) -> None:
+    hook = vlm.model.language.register_forward_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(seekvl.SeekVLError, match=r"conversation 2 of 2: picture 1: .*missing.png"):
+        vlm.batch(["Hello", shown("missing.png")])
+    with pytest.raises(seekvl.SeekVLError, match="list of conversations"):
+        vlm.batch("Hello")
+    hook.remove()
+
+
+def test_cancelling_a_chat(vlm: seekvl.VLM) -> None:
+    asked = iter([False] * 4)
+    answer = vlm.chat(shown(PICTURE), cancel=lambda: next(asked, True))
+    assert (answer.finish_reason, len(answer.token_ids)) == ("cancelled", 3)
+
+
+def test_closing_a_stream_stops_it(vlm: seekvl.VLM) -> None:
+    calls: list[int] = []
+    stream = vlm.stream(shown(PICTURE), max_new_tokens=50)
+    next(stream)
+    hook = vlm.model.language.register_forward_hook(lambda *_: calls.append(1))
+    stream.close()
+    assert list(stream) == []
+    assert calls == []
+    hook.remove()
+
+
+def test_score(vlm: seekvl.VLM) -> None:
+    messages = shown(PICTURE)
+    scores = vlm.score(messages, ["A", "B", " there are two"])
+    rows = vlm.logits(messages)[-1].log_softmax(-1)
+    for score, text in zip(scores[:2], "AB", strict=True):
+        assert score.tokens == 1
+        assert score.logprob == pytest.approx(float(rows[vlm.tokenizer.encode(text)[0]]), abs=1e-4)
+    assert scores[2].tokens == len(vlm.tokenizer.encode(" there are two")) > 1
+    assert scores[2].perplexity == pytest.approx(math.exp(-scores[2].logprob / scores[2].tokens))
+
+
+def test_score_needs_words(vlm: seekvl.VLM) -> None:
+    with pytest.raises(seekvl.SeekVLError, match="continuation 1 of 1 has no tokens"):
+        vlm.score("Hello", [""])
+    with pytest.raises(seekvl.SeekVLError, match="list of continuations"):
+        vlm.score("Hello", "ABCD")
+
+
+def test_logits(vlm: seekvl.VLM) -> None:
+    logits = vlm.logits(shown(PICTURE))
+    assert logits.shape == (len(vlm.processor(shown(PICTURE)).input_ids), 700)
+    assert logits.dtype == torch.float32
+    assert int(logits[-1].argmax()) == vlm.chat(shown(PICTURE), max_new_tokens=1).token_ids[0]
+
+
+def test_boxes_are_read_from_the_text() -> None:
+    completion = Completion(
+        token_ids=(1,),
+        text="<|ref|>the cup<|/ref|><|det|>[[10, 20, 30, 40]]<|/det|>",
+        finish_reason="stop",
+        usage=Usage(prompt_tokens=1, image_tokens=0, completion_tokens=1, cached_tokens=0),
+        timings=Timings(preprocess=0, vision=0, prefill=0, decode=0),
+    )
+    assert vlm_module.answer_of(completion).boxes == [seekvl.Box("the cup", 10, 20, 30, 40)]
+
+
+def test_a_session_equals_the_whole_conversation_each_time(vlm: seekvl.VLM) -> None:
+    session, messages = vlm.session(), shown(PICTURE, text="What is this?")
+    params = SamplingParams(max_new_tokens=8)
+    cached = 0
+    for question in ("What is this?", "Are you sure?", "Why?"):
+        if cached:
+            messages.append({"role": "user", "content": question})
+        kept = session.ask(question, images=[] if cached else PICTURE, params=params)
+        fresh = vlm.chat(messages, max_new_tokens=8)
+        assert kept.token_ids == fresh.token_ids
+        assert kept.usage.cached_tokens >= cached
+        cached = kept.usage.prompt_tokens
+        messages.append({"role": "assistant", "content": kept.text})
+    assert len(session.messages) == 6
+
+
+def test_a_session_survives_a_picture_that_is_deleted(vlm: seekvl.VLM, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(PICTURE.read_bytes())
+    session, params = vlm.session(), SamplingParams(max_new_tokens=4)
+    session.ask("What is this?", images=path, params=params)
+    path.unlink()
+    assert session.ask("And now?", params=params).usage.cached_tokens > 36
+
+
+def test_a_turn_that_is_not_finished_is_not_kept(vlm: seekvl.VLM) -> None:
+    session, params = vlm.session(), SamplingParams(max_new_tokens=6)
+    assert session.ask("Hello?", params=params, cancel=lambda: True).finish_reason == "cancelled"
+    stream = session.stream("Hello?", params=params)
+    next(stream)
+    stream.close()
+    with pytest.raises(seekvl.SeekVLError, match="missing"):
+        session.ask("Hello?", images="missing.png")
+    assert session.messages == ()
+    assert session.ask("Hello?", params=params).token_ids == vlm.ask([], "Hello?", max_new_tokens=6).token_ids
+
+
+def test_reset_and_system_prompt(vlm: seekvl.VLM) -> None:
+    session, params = vlm.session(system="Be brief."), SamplingParams(max_new_tokens=6)
+    first = session.ask("Hello?", params=params)
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+    assert first.token_ids == vlm.chat(system, max_new_tokens=6).token_ids
+    session.reset()
+    again = session.ask("Hello?", params=params)
+    assert (again.token_ids, again.usage.cached_tokens) == (first.token_ids, 0)
+
+
+def test_a_prefill_in_chunks_changes_nothing(vlm: seekvl.VLM) -> None:
+    chunked = seekvl.VLM(vlm.model, vlm.processor, prefill_chunk=16)
+    for messages in ("Hello", shown(PICTURE, OTHER)):
+        assert (
+            chunked.chat(messages, max_new_tokens=6).token_ids
+            == vlm.chat(messages, max_new_tokens=6).token_ids
+        )
+        torch.testing.assert_close(
+            [score.logprob for score in chunked.score(messages, ["A"])],
+            [score.logprob for score in vlm.score(messages, ["A"])],
+            atol=1e-4,
+            rtol=0,
+        )
+
+
+def test_parts_of_two_checkpoints_do_not_fit(vlm: seekvl.VLM) -> None:
+    image = replace(vlm.processor.image, patch_slots_side=5)
+    with pytest.raises(seekvl.SeekVLError, match="25 slots a picture, the model 36"):
+        seekvl.VLM(vlm.model, Processor(vlm.tokenizer, image, DEEPSEEK))
+    with pytest.raises(seekvl.SeekVLError, match="prefill_chunk"):
+        seekvl.VLM(vlm.model, vlm.processor, prefill_chunk=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda vlm: vlm.chat("Hello", max_new_tokens=0), "max_new_tokens"),
+        (lambda vlm: vlm.stream("Hello", temperature=-1), "temperature"),
+        (lambda vlm: vlm.batch(["Hello"], top_p=2.0), "top_p"),
+        (lambda vlm: vlm.ask([], "Hello", top_k=0), "top_k"),
+        (lambda vlm: vlm.ask([], 3), "must be a string, not int"),
+        (lambda vlm: vlm.ask(None, "Hello"), "pictures"),
+        (lambda vlm: vlm.ask([], " "), "empty"),
+        (lambda vlm: vlm.ask("no-such-file.png", "Hello"), "no-such-file.png"),
+        (lambda vlm: vlm.stream([]), "empty"),
+        (lambda vlm: vlm.stream("word " * 5000), "limit of 4,096"),
+    ],
+)
+def test_bad_input_is_one_line_and_raised_at_once(
+    vlm: seekvl.VLM, call: Callable[[seekvl.VLM], object], message: str
+) -> None:
+    with pytest.raises(seekvl.SeekVLError, match=message) as caught:
+        call(vlm)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_says_what_it_cannot() -> None:
+    with pytest.raises(seekvl.SeekVLError, match="cannot quantize"):
+        seekvl.load(GOLDEN / "vl1-siglip", quantize="int8")
+    with pytest.raises(seekvl.SeekVLError, match="folder"):
+        seekvl.load("./no/such/folder")
+
+
+def test_load_takes_a_longer_or_shorter_limit() -> None:
+    vlm = seekvl.load(GOLDEN / "vl1-siglip", device="cpu", max_tokens=50)
+    with pytest.raises(seekvl.SeekVLError, match="limit of 50"):
+        vlm.chat("Hello")
+
+
+def test_half_precision_answers(vlm: seekvl.VLM) -> None:
+    half = seekvl.load(GOLDEN / "vl1-siglip", device="cpu", dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+    conversations = ["Hello", shown(PICTURE), shown(PICTURE, OTHER)]
+    assert [len(answer.token_ids) for answer in half.batch(conversations, max_new_tokens=4)] == [4, 4, 4]
+    close = half.logits(shown(PICTURE)) - vlm.logits(shown(PICTURE))
+    assert close.abs().mean() < 0.05

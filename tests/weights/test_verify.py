@@ -1,0 +1,140 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from seekvl.weights import verify
+from seekvl.weights.verify import SELFCHECK, self_check, verify_folder
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+Copy = Callable[[str], Path]
+Edit = Callable[..., None]
+
+
+def test_self_check_passes_on_this_installation() -> None:
+    report = self_check()
+    assert report.ok, report.lines()
+    assert len(report.checks) == 9
+
+
+def test_self_check_ships_in_less_than_two_megabytes() -> None:
+    assert sum(path.stat().st_size for path in SELFCHECK.iterdir()) < 2_000_000
+
+
+def test_self_check_notices_a_network_that_is_a_little_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "selfcheck"
+    shutil.copytree(SELFCHECK, folder)
+    for path in folder.glob("model-*.safetensors"):
+        tensors = load_file(path)
+        for key in tensors:
+            if key.endswith("hd_alpha_downsamples"):
+                tensors[key] = tensors[key] * 1.01
+        save_file(tensors, path)
+    monkeypatch.setattr(verify, "SELFCHECK", folder)
+    report = self_check()
+    failed = [check.name for check in report.checks if not check.ok]
+    assert not report.ok
+    assert failed == ["single_zh, vision"]
+    assert "differs by" in "".join(report.lines())
+
+
+NAMES = [
+    "vl1-siglip",
+    "vl1-hybrid",
+    "transformers-layout/deepseek_vl",
+    "transformers-layout/deepseek_vl_hybrid",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_folders_are_whole(name: str) -> None:
+    report = verify_folder(GOLDEN / name)
+    assert report.ok, report.lines()
+    assert [check.name for check in report.checks] == [
+        "folder",
+        "config",
+        "files",
+        "keys",
+        "dtypes",
+        "numbers",
+        "tokenizer",
+        "template",
+    ]
+
+
+def failures(folder: Path) -> dict[str, str]:
+    report = verify_folder(folder)
+    assert all("\n" not in line for line in report.lines())
+    return {check.name: check.detail for check in report.checks if not check.ok}
+
+
+def change(folder: Path, key: str, value: torch.Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {key: value}, folder / "model.safetensors")
+
+
+def test_no_such_folder() -> None:
+    assert list(failures(GOLDEN / "nowhere")) == ["folder"]
+
+
+def test_wrong_config_stops_the_rest(copy: Copy, edit: Edit) -> None:
+    folder = copy("vl1-siglip")
+    edit(folder / "config.json", "model_type", "llava")
+    assert list(failures(folder)) == ["config"]
+
+
+def test_cut_weights_still_let_the_tokenizer_be_checked(copy: Copy) -> None:
+    folder = copy("vl1-siglip")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+    assert list(failures(folder)) == ["files"]
+    assert verify_folder(folder).checks[-1].name == "template"
+
+
+def test_several_faults_are_all_listed(copy: Copy, edit: Edit) -> None:
+    folder = copy("vl1-siglip")
+    tensors = load_file(folder / "model.safetensors")
+    change(
+        folder, "language_model.lm_head.weight", tensors["language_model.model.embed_tokens.weight"].clone()
+    )
+    edit(folder / "config.json", "torch_dtype", "bfloat16")
+    found = failures(folder)
+    assert list(found) == ["dtypes", "numbers"]
+    assert "config.json says bfloat16" in found["dtypes"]
+    assert "tied" in found["numbers"]
+
+
+def test_not_finite_in_an_unused_tensor_too(copy: Copy) -> None:
+    folder = copy("vl1-siglip")
+    change(folder, "vision_model.vision_tower.attn_pool.latent", torch.full((1, 1, 64), float("nan")))
+    assert list(failures(folder)) == ["numbers"]
+
+
+def test_a_tokenizer_that_loses_spaces_is_noticed(copy: Copy) -> None:
+    folder = copy("vl1-siglip")
+    path = folder / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    broken = text.replace(
+        '"normalizer": null', '"normalizer": {"type": "Strip", "strip_left": true, "strip_right": true}'
+    )
+    if broken == text:
+        broken = text.replace(
+            '"normalizer":null', '"normalizer":{"type":"Strip","strip_left":true,"strip_right":true}'
+        )
+    assert broken != text
+    path.write_text(broken, encoding="utf-8")
+    assert list(failures(folder)) == ["template"]
+
+
+def test_self_check_is_made_of_the_golden_files() -> None:
+    golden = GOLDEN / "vl1-hybrid"
+    for path in SELFCHECK.iterdir():
+        if (golden / path.name).exists():
+            assert path.read_bytes() == (golden / path.name).read_bytes(), path.name
+    wanted, found = load_file(golden / "cases.safetensors"), load_file(SELFCHECK / "expected.safetensors")
+    assert all(torch.equal(found[key], wanted[key]) for key in found)
