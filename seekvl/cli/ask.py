@@ -1,0 +1,164 @@
+"""`seekvl ask`: one question about pictures, one answer."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from seekvl.cli import options
+from seekvl.cli.show import Readable, answer_json, box_lines, print_costs, upright
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from seekvl.engine.request import SamplingParams
+    from seekvl.processing.conversation import Source
+    from seekvl.processing.grounding import Box
+    from seekvl.vlm import VLM, Answer
+
+EXAMPLE = 'Example: seekvl ask picture.png "Where is the red star?" --draw answer.png'
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""What --draw can write."""
+
+
+def ask(
+    *,
+    pictures: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PICTURE", help="Paths or URLs; - reads one from stdin.", show_default=False),
+    ] = None,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question; it comes last.")],
+    model: options.Model = options.NANO,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    preprocessing: options.Preprocessing = "seekvl",
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    json: options.Json = False,
+    draw: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.png", dir_okay=False, help="Write the picture with the boxes of the answer here."
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print tokens and seconds on stderr.")] = False,
+) -> None:
+    """Answer a question about one picture, several, or none."""
+    names = pictures or []
+    _check_call(names, question, draw=draw)
+    from seekvl.engine.request import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop) if stop else None,
+    )
+    opened = _open(names, preprocessing=preprocessing)
+    vlm = options.load_vlm(model, device=device, dtype=dtype, preprocessing=preprocessing)
+    answer = _answer(vlm, question, images=opened, params=params, system=system, show=not json)
+    sizes = [picture.size for picture in opened]
+    if json:
+        typer.echo(answer_json(answer, sizes))
+    else:
+        for line in box_lines(answer.boxes, sizes):
+            typer.echo(line)
+    if verbose:
+        print_costs(answer)
+    if draw is not None:
+        _draw(draw, answer.boxes, pictures=opened, names=names)
+
+
+def _check_call(names: Sequence[str], question: str, *, draw: Path | None) -> None:
+    """Refuse a wrong call before anything slow begins."""
+    if not question.strip():
+        raise typer.BadParameter("the question is empty", param_hint="QUESTION")
+    if question == "-" or os.path.isfile(question):
+        raise typer.BadParameter(f"{question!r} is a picture; the question comes last", param_hint="QUESTION")
+    if names.count("-") > 1:
+        raise typer.BadParameter("- was given twice; stdin holds one picture", param_hint="PICTURE")
+    if draw is None:
+        return
+    if not names:
+        raise typer.BadParameter("there is no picture to draw on", param_hint="--draw")
+    if draw.suffix.lower() not in FORMATS:
+        raise typer.BadParameter(f"{draw} must end in {', '.join(FORMATS)}", param_hint="--draw")
+    if not draw.parent.is_dir():
+        raise typer.BadParameter(f"the folder {draw.parent} does not exist", param_hint="--draw")
+
+
+def _open(names: Sequence[str], *, preprocessing: str) -> list["Image.Image"]:
+    """Open the pictures, so that a bad one is known before the model is loaded."""
+    from seekvl.processing.picture import open_picture
+    from seekvl.runtime import SeekVLError
+
+    opened = []
+    for number, name in enumerate(names, start=1):
+        source: Source = sys.stdin.buffer.read() if name == "-" else name
+        try:
+            picture = open_picture(source)
+        except SeekVLError as error:
+            where = "stdin" if name == "-" else f"picture {number} of {len(names)}"
+            raise SeekVLError(f"{where}: {error}") from error
+        opened.append(upright(picture, preprocessing=preprocessing))
+    return opened
+
+
+def _answer(
+    vlm: "VLM",
+    question: str,
+    *,
+    images: Sequence["Image.Image"],
+    params: "SamplingParams",
+    system: str | None,
+    show: bool,
+) -> "Answer":
+    """Get the answer and show it: on a terminal as it comes, elsewhere only when it is whole."""
+    from seekvl.vlm import answer_of
+
+    live = show and sys.stdout.isatty()
+    readable, whole, completion = Readable(), "", None
+    for piece in vlm.session(system=system).stream(question, images=images, params=params):
+        completion = piece.completion
+        text = readable.push(piece.text)
+        whole += text
+        if live:
+            typer.echo(text, nl=False)
+    rest = readable.finish()
+    if show:
+        typer.echo(rest if live else whole + rest)
+    assert completion is not None
+    return answer_of(completion)
+
+
+def _draw(
+    path: Path, boxes: Sequence["Box"], *, pictures: Sequence["Image.Image"], names: Sequence[str]
+) -> None:
+    """Draw the boxes on the picture they belong to and write it, whole or not at all."""
+    from seekvl.processing.grounding import draw_boxes
+    from seekvl.runtime import SeekVLError, atomic_file
+
+    if not boxes:
+        raise SeekVLError("no box in the answer: nothing was drawn")
+    numbers = {box.image for box in boxes}
+    if len(numbers) > 1:
+        raise SeekVLError(
+            f"the boxes lie in {len(numbers)} pictures and --draw writes one: nothing was drawn"
+        )
+    number = numbers.pop()
+    with atomic_file(path) as part:
+        draw_boxes(pictures[number], boxes).save(part, format=FORMATS[path.suffix.lower()])
+    typer.echo(f"drew {len(boxes)} box{'es' * (len(boxes) > 1)} of {names[number]} into {path}", err=True)

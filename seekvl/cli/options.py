@@ -1,0 +1,63 @@
+"""Options that several verbs share, and the model they name."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from seekvl.vlm import VLM
+
+NANO = "seekvl-nano"
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="The bundled seekvl-nano, a checkpoint folder, or a hub id.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Numbers to compute in; auto suits device and size."),
+]
+Preprocessing = Annotated[
+    Literal["seekvl", "official", "transformers"],
+    typer.Option(
+        help="How pictures become pixels: seekvl (official numerics, EXIF orientation and transparency "
+        "respected), official (the reference bit for bit), transformers."
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; more varies the answer.")]
+TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens with this probability in all.")]
+TopK = Annotated[int | None, typer.Option(help="Draw among this many likeliest tokens; all by default.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1 makes tokens of the answer less likely to come again.")
+]
+Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")]
+System = Annotated[
+    str | None, typer.Option(help='System prompt instead of the checkpoint\'s own; "" goes without.')
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
+
+
+@contextlib.contextmanager
+def waiting_line(text: str) -> Iterator[None]:
+    """Show on a terminal what the block is busy with, and take the line away at its end."""
+    live = sys.stderr.isatty()
+    if live:
+        typer.echo(f"{text} ...", err=True, nl=False)
+    try:
+        yield
+    finally:
+        if live:
+            typer.echo("\r\033[K", err=True, nl=False)
+
+
+def load_vlm(model: str, *, device: str, dtype: str, preprocessing: Preprocessing = "seekvl") -> "VLM":
+    """Load the model; a terminal is told while it lasts."""
+    with waiting_line(f"loading {model}"):
+        from seekvl.vlm import load
+
+        return load(model, device=device, dtype=dtype, preprocessing=preprocessing)

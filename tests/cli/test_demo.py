@@ -1,0 +1,67 @@
+"""What the bundled model answers from the command line; its accuracy is measured by `seekvl eval nano`."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seekvl.corpus.nano import sample
+from seekvl.data.sample import Sample
+from seekvl.processing.conversation import Text
+from seekvl.processing.grounding import Box, iou, parse_boxes
+from seekvl.weights.load import NANO_FOLDER
+from tests.cli.conftest import Run
+
+pytestmark = pytest.mark.skipif(
+    not (NANO_FOLDER / "config.json").exists(), reason="the bundled model is not in this checkout"
+)
+
+ASKED = 8
+
+
+def unseen(kind: str, index: int, *, folder: Path) -> tuple[Path, str, str]:
+    """Write a picture no training has seen; return its path, a question and the right answer."""
+    drawn: Sample = sample(2024, index, kind=kind, held_out=True, questions=1)
+    asked, answer = drawn.conversation.messages
+    (picture,) = asked.pictures
+    assert isinstance(picture.source, Image.Image)
+    path = folder / f"{kind}-{index}.png"
+    picture.source.save(path)
+    words = ["".join(part.text for part in turn.parts if isinstance(part, Text)) for turn in (asked, answer)]
+    return path, words[0], words[1]
+
+
+@pytest.mark.parametrize("kind", ["colour", "shape", "count"])
+def test_right_answers_about_unseen_pictures(run: Run, tmp_path: Path, kind: str) -> None:
+    right = 0
+    for index in range(ASKED):
+        picture, question, answer = unseen(kind, index, folder=tmp_path)
+        result = run("ask", picture, question, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        right += result.stdout.splitlines()[0].strip().lower() == answer.strip().lower()
+    assert right >= ASKED - 2
+
+
+def test_boxes_are_found_and_drawn(run: Run, tmp_path: Path) -> None:
+    right = 0
+    for index in range(ASKED):
+        picture, question, answer = unseen("locate", index, folder=tmp_path)
+        out = tmp_path / "drawn.png"
+        result = run("ask", picture, question, "--json", "--draw", out, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        (wanted,) = parse_boxes(answer)
+        for found in json.loads(result.stdout)["boxes"]:
+            found.pop("pixels")
+            right += iou(Box(**found), wanted) >= 0.5
+        with Image.open(out) as drawn, Image.open(picture) as original:
+            assert drawn.size == original.size
+            assert drawn.tobytes() != original.convert("RGB").tobytes()
+    assert right >= ASKED - 2
+
+
+def test_no_mark_of_a_box_reaches_the_reader(run: Run, tmp_path: Path) -> None:
+    picture, question, _ = unseen("locate", 0, folder=tmp_path)
+    result = run("ask", picture, question, "--device", "cpu")
+    assert "<|" not in result.stdout
+    assert result.stdout.splitlines()[-1].endswith("(px)")
