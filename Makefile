@@ -1,5 +1,5 @@
 # make demo and make test work on a machine with Python 3.11 and make; both set up .venv on their first run.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

@@ -97,13 +97,6 @@ def print_costs(answer: "Answer") -> None:
 
 def upright(picture: "Image.Image", *, preprocessing: str) -> "Image.Image":
     """Turn a picture the way the preprocessing sees it, which is what boxes refer to."""
-    from PIL import ImageOps
+    from seekvl.processing import pad_image
 
-    from seekvl.processing.picture import DECODE_ERRORS
-
-    if preprocessing == "official":
-        return picture
-    try:
-        return ImageOps.exif_transpose(picture)
-    except DECODE_ERRORS:
-        return picture  # the processor warns about the damaged EXIF block and takes it as upright, too
+    return picture if preprocessing == "official" else pad_image.upright(picture)

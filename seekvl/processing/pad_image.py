@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from seekvl.processing.picture import DECODE_ERRORS
@@ -19,15 +19,6 @@ Preprocessing = Literal["seekvl", "official", "transformers"]
 PREPROCESSING: tuple[Preprocessing, ...] = ("seekvl", "official", "transformers")
 
 ORIENTATION_TAG = 0x0112  # EXIF 2.3, table 3
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 Colour = tuple[float, float, float]
 
@@ -177,7 +168,7 @@ def prepare_picture(image: Image.Image, config: PadImageConfig, *, mode: Preproc
     in 8 bits.
     """
     if mode != "official":
-        image = _upright(image)
+        image = upright(image)
     size = image.size
     square = _padded(_rgb(image, config, mode=mode), config, mode=mode)
     if mode != "transformers":
@@ -193,14 +184,18 @@ def prepare_picture(image: Image.Image, config: PadImageConfig, *, mode: Preproc
     return PreparedPicture(pixels=pixels, low_pixels=low, normalized=True, size=size)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a damaged EXIF block counts as none."""
+def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation and forget it, so that doing so twice is doing so once.
+
+    A damaged EXIF block counts as none, with a warning.
+    """
     try:
-        orientation = image.getexif().get(ORIENTATION_TAG)
+        if image.getexif().get(ORIENTATION_TAG, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
     except DECODE_ERRORS as error:
         log.warning("a picture's EXIF block cannot be read (%s); it is taken as upright", error)
         return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _rgb(image: Image.Image, config: PadImageConfig, *, mode: Preprocessing) -> Image.Image:

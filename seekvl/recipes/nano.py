@@ -197,7 +197,7 @@ def encoders() -> Stage:
     """Warm-up of the towers; the last group is the linear layers thrown away afterwards."""
     return Stage(
         name="encoders",
-        steps=2000,
+        steps=1500,
         batch_size=32,
         lr=1.5e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.02),

@@ -29,17 +29,24 @@ LETTERS_A_CELL = 2
 NONE = -100
 """A label that does not count."""
 
+EDGES = ("x1", "y1", "x2", "y2")
 LABELS = {
     "colour": len(COLOUR_NAMES) + 1,
     "form": len(FORMS) + 1,
     "centres": 3,
     **{f"letter {slot}": len(ALPHABET) + 1 for slot in range(LETTERS_A_CELL)},
-    **{f"{digit} of {edge}": 10 for edge in ("x1", "y1", "x2", "y2") for digit in ("hundreds", "tens")},
+    **{f"tenth of {edge}": 10 for edge in EDGES},
 }
 """Labels of a cell and their classes k. Class 0 of the first ones means nothing is there; `centres` counts
-objects whose middle lies in the cell; the digits spell the box of the object under it in 0..999 of the
+objects whose middle lies in the cell; the tenths say roughly where the object under it has its edges in the
 original picture.
 """
+
+WEIGHTS = (1.0, 2.0, 1.0, 2.0, 2.0, 0.25, 0.25, 0.25, 0.25)
+"""What each label counts in the loss: forms and letters are learnt last and needed most."""
+
+BOX_WEIGHT = 8.0
+"""What the mean absolute error of the edges counts, in shares of the picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +57,8 @@ class CellBatch:
     """f32[n, 3, S, S] in 0..1."""
     labels: Tensor
     """i64[n, t, len(LABELS)]."""
+    boxes: Tensor
+    """f32[n, t, 4]: edges of the object under the cell, 0..1 of the original picture; 0 where nothing is."""
 
     def __len__(self) -> int:
         """Count the pictures."""
@@ -58,12 +67,16 @@ class CellBatch:
     def to(self, device: torch.device) -> "CellBatch":
         """Return the batch on a device."""
         return CellBatch(
-            pixels=self.pixels.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
+            pixels=self.pixels.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            boxes=self.boxes.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> "CellBatch":
         """Return the batch in page-locked memory."""
-        return CellBatch(pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
+        return CellBatch(
+            pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory(), boxes=self.boxes.pin_memory()
+        )
 
 
 class Labeller(nn.Module):
@@ -73,17 +86,17 @@ class Labeller(nn.Module):
         super().__init__()
         self.vision = vision
         width = vision.config.low.width
-        self.read_high = nn.Linear(width, sum(LABELS.values()))
-        self.read_low = nn.Linear(width, sum(LABELS.values()))
+        self.read_high = nn.Linear(width, sum(LABELS.values()) + len(EDGES))
+        self.read_low = nn.Linear(width, sum(LABELS.values()) + len(EDGES))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return label logits f[n, t, sum of k] of the high and of the low tower."""
+        """Return what the high and the low tower read, f[n, t, sum of k + 4]: label logits, then edges."""
         high, low = self.vision(pixels)
         return self.read_high(high), self.read_low(low)
 
 
-def cell_labels(scene: Scene, *, image: PadImageConfig) -> Tensor:
-    """Return the labels i64[t, len(LABELS)] of a scene on the grid of its padded picture."""
+def cell_labels(scene: Scene, *, image: PadImageConfig) -> tuple[Tensor, Tensor]:
+    """Return labels i64[t, len(LABELS)] and boxes f32[t, 4] of a scene on the grid of its padded picture."""
     g = image.patch_slots_side
     left, top, right, bottom = content_box(*scene.image.size, image, mode="seekvl")
     x_scale, y_scale = (right - left) / scene.image.width, (bottom - top) / scene.image.height
@@ -99,9 +112,10 @@ def cell_labels(scene: Scene, *, image: PadImageConfig) -> Tensor:
             (y2 * y_scale + top) / cell,
         )
 
-    names = list(LABELS)
-    labels = torch.zeros(g, g, len(names), dtype=torch.int64)
-    labels[..., names.index("hundreds of x1") :] = NONE
+    labels = torch.zeros(g, g, len(LABELS), dtype=torch.int64)
+    labels[..., -len(EDGES) :] = NONE
+    boxes = torch.zeros(g, g, len(EDGES))
+    sides = torch.tensor(scene.image.size * 2)
     objects = [item for item in scene.objects if item.kind not in ("letter", "text")]
     for item in sorted(objects, key=lambda item: item.kind != "sign"):  # what stands on a sign hides it
         x1, y1, x2, y2 = place(item)
@@ -112,14 +126,16 @@ def cell_labels(scene: Scene, *, image: PadImageConfig) -> Tensor:
         form = FORMS.index(item.shape if item.kind == "shape" else item.kind) + 1
         labels[inside, 0] = COLOUR_NAMES.index(item.colour) + 1
         labels[inside, 1] = form
-        labels[inside, names.index("hundreds of x1") :] = _digits(item, scene)
+        edges = torch.tensor(item.box) / sides
+        boxes[inside] = edges
+        labels[inside, -len(EDGES) :] = (edges * 10).long().clamp(0, 9)
         labels[row, column, 2] = (labels[row, column, 2] + 1).clamp(max=2)
     letters = sorted((item for item in scene.objects if item.kind == "letter"), key=lambda item: item.box[0])
     for item in letters:
         x1, y1, x2, y2 = place(item)
         slots = labels[_cell((y1 + y2) / 2, g), _cell((x1 + x2) / 2, g), 3 : 3 + LETTERS_A_CELL]
         slots[int(slots[0] > 0)] = ALPHABET.index(item.shape) + 1
-    return labels.flatten(0, 1)
+    return labels.flatten(0, 1), boxes.flatten(0, 1)
 
 
 def cell_loss(model: Labeller, batch: CellBatch) -> Loss:
@@ -128,32 +144,34 @@ def cell_loss(model: Labeller, batch: CellBatch) -> Loss:
     A label's loss is its mean where something lies plus half its mean where nothing does: most cells are
     empty.
     """
+    occupied = batch.labels[..., -1] != NONE
     losses = []
-    for logits in model(batch.pixels):
-        parts = logits.float().split(list(LABELS.values()), dim=-1)
-        for index, part in enumerate(parts):
+    for read in model(batch.pixels):
+        *parts, edges = read.float().split([*LABELS.values(), len(EDGES)], dim=-1)
+        for index, (part, weight) in enumerate(zip(parts, WEIGHTS, strict=True)):
             target = batch.labels[..., index]
-            each = F.cross_entropy(part.flatten(0, 1), target.flatten(), ignore_index=NONE, reduction="none")
-            something, nothing = target.flatten() > 0, target.flatten() == 0
-            if index >= len(parts) - 8:
-                something, nothing = target.flatten() != NONE, torch.zeros_like(something)
-            losses.append(_mean(each, something) + 0.5 * _mean(each, nothing))
+            each = F.cross_entropy(part.transpose(1, 2), target, ignore_index=NONE, reduction="none")  # n t
+            something = _counted(target, index)
+            losses.append(weight * (_mean(each, something) + 0.5 * _mean(each, (target == 0) & ~something)))
+        losses.append(BOX_WEIGHT * _mean((edges - batch.boxes).abs().mean(-1), occupied))
     count = torch.tensor(float(len(batch)), device=batch.pixels.device)
     return Loss(total=torch.stack(losses).sum() * count / 2, weight=count)
 
 
+@torch.inference_mode()
 def cell_accuracy(model: Labeller, batch: CellBatch) -> dict[str, tuple[float, float]]:
-    """Return, per label, the shares of non-empty cells that the (high, low) tower names rightly."""
-    found: dict[str, list[float]] = {name: [] for name in LABELS}
-    with torch.inference_mode():
-        for logits in model(batch.pixels):
-            for index, (name, part) in enumerate(
-                zip(LABELS, logits.split(list(LABELS.values()), dim=-1), strict=True)
-            ):
-                target = batch.labels[..., index]
-                counted = target != NONE if " of " in name else target > 0
-                right = (part.argmax(-1) == target)[counted]
-                found[name].append(right.float().mean().item())
+    """Return how well the (high, low) tower labels non-empty cells: share named rightly, and the mean error
+    of edges.
+    """
+    occupied = batch.labels[..., -1] != NONE
+    found: dict[str, list[float]] = {name: [] for name in (*LABELS, "edge error")}
+    for read in model(batch.pixels):
+        *parts, edges = read.split([*LABELS.values(), len(EDGES)], dim=-1)
+        for index, (name, part) in enumerate(zip(LABELS, parts, strict=True)):
+            target = batch.labels[..., index]
+            right = (part.argmax(-1) == target).float()
+            found[name].append(_mean(right, _counted(target, index)).item())
+        found["edge error"].append(_mean((edges - batch.boxes).abs().mean(-1), occupied).item())
     return {name: (high, low) for name, (high, low) in found.items()}
 
 
@@ -163,8 +181,8 @@ def cell_batches(image: PadImageConfig, *, batch_size: int, seed: int) -> Callab
     def batch(step: int) -> CellBatch:
         scenes = [corpus.scene(seed, step * batch_size + index) for index in range(batch_size)]
         pictures = [prepare_picture(scene.image, image, mode="seekvl").pixels for scene in scenes]
-        labels = [cell_labels(scene, image=image) for scene in scenes]
-        return CellBatch(pixels=torch.stack(pictures), labels=torch.stack(labels))
+        labels, boxes = zip(*(cell_labels(scene, image=image) for scene in scenes), strict=True)
+        return CellBatch(pixels=torch.stack(pictures), labels=torch.stack(labels), boxes=torch.stack(boxes))
 
     return batch
 
@@ -173,14 +191,9 @@ def _cell(place: float, grid: int) -> int:
     return min(grid - 1, max(0, int(place)))
 
 
-def _digits(item: Drawn, scene: Scene) -> Tensor:
-    """Spell hundreds and tens of the box in 0..999: i64[8]."""
-    x1, y1, x2, y2 = item.box
-    width, height = scene.image.size
-    edges = [round(v / size * 999) for v, size in ((x1, width), (y1, height), (x2, width), (y2, height))]
-    return torch.tensor(
-        [digit for v in edges for digit in (min(999, max(0, v)) // 100, min(999, max(0, v)) // 10 % 10)]
-    )
+def _counted(target: Tensor, index: int) -> Tensor:
+    """Tell in which cells i64[n, t] label `index` says something."""
+    return target != NONE if index >= len(LABELS) - len(EDGES) else target > 0
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

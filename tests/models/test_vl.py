@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -125,3 +127,13 @@ def test_towers_must_fit(high: SamConfig, low: SiglipConfig, message: str) -> No
 
 def test_on_meta_takes_no_memory() -> None:
     assert {p.device.type for p in on_meta(HYBRID).parameters()} == {"meta"}
+
+
+def test_building_without_memory_does_not_import_the_compiler() -> None:
+    program = (
+        "import sys; from seekvl.models.vl import on_meta; from seekvl.presets import VL_1B\n"
+        "model = on_meta(VL_1B.model)\n"
+        "assert all(parameter.is_meta for parameter in model.parameters())\n"
+        "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

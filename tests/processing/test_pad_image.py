@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from seekvl.processing.pad_image import (
     content_box,
     prepare_picture,
     resized_size,
+    upright,
     visual_tokens,
 )
 from seekvl.processing.picture import open_picture
@@ -119,7 +121,7 @@ def test_transformers_mode_makes_the_low_picture() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int) -> None:
     """A picture stored turned looks as it did before, but for the official mode, which ignores the tag."""
-    upright = noise(40, 24)
+    straight = noise(40, 24)
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -129,10 +131,10 @@ def test_exif_orientation(orientation: int) -> None:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }
-    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright.copy()
+    stored = straight.transpose(undo[orientation]) if orientation > 1 else straight.copy()
     raw = prepare_picture(stored, CONFIG, mode="official").pixels
     stored.getexif()[ORIENTATION_TAG] = orientation
-    expected = prepare_picture(upright, CONFIG, mode="official").pixels
+    expected = prepare_picture(straight, CONFIG, mode="official").pixels
     prepared = prepare_picture(stored, CONFIG, mode="seekvl")
     assert torch.equal(prepared.pixels, expected)
     assert prepared.size == (40, 24)
@@ -234,3 +236,13 @@ def test_unknown_mode() -> None:
 def test_bad_config(change: dict[str, object], expected: str) -> None:
     with pytest.raises(SeekVLError, match=expected):
         PadImageConfig(**{"image_size": 96, "patch_slots_side": 6, **change})
+
+
+def test_turning_upright_twice_is_turning_once() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(buffer, "JPEG", exif=exif)
+    once = upright(Image.open(buffer))
+    assert once.size == (20, 30)
+    assert upright(once).size == (20, 30)

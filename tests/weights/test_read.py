@@ -305,3 +305,10 @@ def test_older_spelling_of_the_siglip_prefix_loads_the_same(copy: Copy) -> None:
     change(folder, how)
     found = load(folder).state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_large_weights_whose_sum_overflows(copy: Copy) -> None:
+    folder = copy("vl1-siglip")
+    change(folder, lambda tensors: tensors[EMBED].fill_(3e38))
+    weight = load(folder).state_dict()["language.embed_tokens.weight"]
+    assert weight.eq(3e38).all()

@@ -1,0 +1,50 @@
+"""Timing on a machine that others use too: how busy they are, and a wait until they are not.
+
+Two-thread timings with a busy neighbour are worthless, many times off; a figure is worth as much as the quiet
+around it, so benchmarks print both.
+"""
+
+import os
+import time
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Neighbours:
+    """Measures the cores that other processes keep busy, from its making to each call."""
+
+    def __init__(self) -> None:
+        self._start = self._marks()
+
+    def cores(self) -> float:
+        """Return the cores others used on average since the start; 0.0 where the system does not say."""
+        total, own, wall = (now - then for now, then in zip(self._marks(), self._start, strict=True))
+        return max(0.0, (total - own) / max(wall, 1e-9))
+
+    @staticmethod
+    def _marks() -> tuple[float, float, float]:
+        """Return CPU seconds of the machine, CPU seconds of this process and its children, and the clock."""
+        times = os.times()
+        own = times.user + times.system + times.children_user + times.children_system
+        return machine_seconds(own), own, time.perf_counter()
+
+
+def machine_seconds(fallback: float) -> float:
+    """Return the CPU seconds the whole machine has worked; the fallback where there is no /proc/stat."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _, _, interrupt, soft, stolen = map(int, file.readline().split()[1:9])
+    except FileNotFoundError:
+        return fallback
+    return (user + nice + system + interrupt + soft + stolen) / TICKS
+
+
+def wait_until_quiet(*, seconds: float, limit: float = 0.2) -> bool:
+    """Wait until others use fewer cores than the limit, at most this long; return whether they do."""
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        neighbours = Neighbours()
+        time.sleep(0.4)
+        if neighbours.cores() < limit:
+            return True
+    return False
