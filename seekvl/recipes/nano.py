@@ -11,6 +11,7 @@ Then come the three stages of 2403.05525, sec. 3.2.
     stage 3     SigLIP, adaptor, language model  several questions a picture
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from torch import nn
+from torch import Tensor, nn
 
 from seekvl.corpus import nano as corpus
 from seekvl.models.adaptor import AdaptorConfig
@@ -139,18 +140,37 @@ def processor(tokenizer: Tokenizer) -> Processor:
 
 def initialise(model: nn.Module, *, seed: int) -> None:
     """Fill a fresh network with random numbers: weights by their fan-in, those that write to a residual
-    stream less, biases zero. Norms, relative positions and SAM's alpha stay as they are made.
+    stream less.
+
+    Biases are zero and positions of patches start as waves; norms, relative positions and SAM's alpha stay as
+    made.
     """
     generator = torch_generator(seed, "initialise")
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(parameter)
-        if parameter.dim() < 2 or "rel_pos" in name:
-            continue
-        std = 0.02 if "pos_embed" in name else parameter[0].numel() ** -0.5
-        if name.endswith(RESIDUAL):
-            std *= 0.35  # about 1 / sqrt(2 x 4 layers)
-        nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std, generator=generator)
+        elif name.endswith("pos_embed"):
+            parameter.data.copy_(
+                waves(parameter[0].numel() // parameter.shape[-1], parameter.shape[-1]).view_as(parameter)
+            )
+        elif parameter.dim() >= 2 and "rel_pos" not in name:
+            std = parameter[0].numel() ** -0.5
+            if name.endswith(RESIDUAL):
+                std *= 0.35  # about 1 / sqrt(2 x 4 layers)
+            nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+def waves(cells: int, width: int) -> Tensor:
+    """Return sines and cosines of row and column, f32[cells, width], for a square of row-major cells.
+
+    A small tower that starts with them need not first find out where its patches are.
+    """
+    side = math.isqrt(cells)
+    place = torch.arange(side).float()
+    speed = 100.0 ** (-torch.arange(width // 4) / (width // 4))
+    rows, columns = torch.meshgrid(place, place, indexing="ij")
+    angles = [axis.flatten()[:, None] * speed for axis in (rows, columns)]
+    return 0.5 * torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,25 +203,33 @@ class PictureSource:
         return self.processor.encode(sample.conversation, train=True)
 
 
-VISION = Group(pattern=r"vision[.].*", frozen=True)
 ADAPTOR = r"adaptor[.].*|vision[.]high[.](downsamples|neck|neck_hd)[.].*|vision[.]high[.]hd_alpha"
 """What the paper calls the adaptor: projections, and the convolutions that bring SAM's map to the common
 grid.
 """
 TRUNK = r"vision[.]high[.](patch_embed[.].*|pos_embed|blocks[.].*)"
 LOW = r"vision[.]low[.].*"
-LANGUAGE = r"language[.].*"
+MATRIX = r"[.]blocks[.].*[.](qkv|proj|fc1|fc2)[.]weight"
+"""Matrices between the layers of a tower."""
+TOWERS = (
+    Group(pattern=rf"vision[.](high|low){MATRIX}", rule="muon", lr=3.0),
+    Group(pattern=rf"vision[.](?!(high|low){MATRIX}).*"),
+)
+LANGUAGE = (
+    Group(pattern=r"language[.]layers[.].*_proj[.]weight", rule="muon", lr=3.0),
+    Group(pattern=r"language[.](?!layers[.].*_proj[.]).*"),
+)
 
 
 def encoders() -> Stage:
     """Warm-up of the towers; the last group is the linear layers thrown away afterwards."""
     return Stage(
         name="encoders",
-        steps=1500,
-        batch_size=32,
-        lr=1.5e-3,
+        steps=3000,
+        batch_size=16,
+        lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.02),
-        groups=(Group(pattern=r"vision[.].*"), Group(pattern=r"read.*")),
+        groups=(*TOWERS, Group(pattern=r"read_(high|low)[.].*")),
     )
 
 
@@ -213,7 +241,11 @@ def language() -> Stage:
         batch_size=32,
         lr=2e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.1),
-        groups=(VISION, Group(pattern=r"adaptor[.].*", frozen=True), Group(pattern=LANGUAGE)),
+        groups=(
+            Group(pattern=r"vision[.].*", frozen=True),
+            Group(pattern=r"adaptor[.].*", frozen=True),
+            Group(pattern=r"language[.].*"),
+        ),
     )
 
 
@@ -221,15 +253,15 @@ def stage1() -> Stage:
     """Adaptor warm-up: everything else frozen (2403.05525, sec. 3.2.1)."""
     return Stage(
         name="stage1",
-        steps=250,
-        batch_size=32,
+        steps=200,
+        batch_size=16,
         lr=2e-3,
         schedule=Schedule(shape="cosine", warmup=20, floor=0.1),
         groups=(
             Group(pattern=ADAPTOR),
             Group(pattern=TRUNK, frozen=True),
             Group(pattern=LOW, frozen=True),
-            Group(pattern=LANGUAGE, frozen=True),
+            Group(pattern=r"language[.].*", frozen=True),
         ),
     )
 
@@ -242,15 +274,15 @@ def stage2() -> Stage:
     """
     return Stage(
         name="stage2",
-        steps=3000,
-        batch_size=32,
-        lr=1.5e-3,
+        steps=2000,
+        batch_size=16,
+        lr=1e-3,
         schedule=Schedule(shape="step", warmup=100),
         groups=(
             Group(pattern=ADAPTOR),
             Group(pattern=TRUNK, frozen=True),
             Group(pattern=LOW, frozen=True),
-            Group(pattern=LANGUAGE),
+            *LANGUAGE,
         ),
         language=LanguageShare(target=0.1, start=0.5, warmup=300),
     )
@@ -260,15 +292,16 @@ def stage3() -> Stage:
     """Supervised fine-tuning: SAM stays frozen, the rest learns (2403.05525, sec. 3.2.3)."""
     return Stage(
         name="stage3",
-        steps=2000,
-        batch_size=32,
-        lr=5e-4,
+        steps=1000,
+        batch_size=16,
+        lr=4e-4,
         schedule=Schedule(shape="cosine", warmup=50),
         groups=(
             Group(pattern=ADAPTOR),
             Group(pattern=TRUNK, frozen=True),
-            Group(pattern=LOW, lr=0.5),
-            Group(pattern=LANGUAGE),
+            Group(pattern=rf"vision[.]low{MATRIX}", rule="muon", lr=2.0),
+            Group(pattern=rf"vision[.]low(?!{MATRIX}).*"),
+            *LANGUAGE,
         ),
         language=LanguageShare(target=0.05),
     )

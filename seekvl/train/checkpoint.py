@@ -1,7 +1,7 @@
 """Checkpoints of a run: one folder a step, whole or not there at all, from which the run goes on bit for bit.
 
 run/step-00000500/model.safetensors   every parameter and buffer, by the names of the model
-                  optimizer.pt        AdamW state and the random generators
+                  optimizer.pt        optimiser state and the random generators
                   state.json          step, skipped steps in a row, and the resolved settings of the run
 """
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from seekvl.runtime import SeekVLError
+from seekvl.train.optimizer import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +46,7 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(
-    folder: Path, *, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 2
-) -> Path:
+def save(folder: Path, *, progress: Progress, model: nn.Module, optimizer: Optimizer, keep: int = 2) -> Path:
     """Write the checkpoint of a step and return its folder; afterwards only the newest `keep` remain.
 
     It is written beside its place and renamed: whatever stops the program, no half one appears.
@@ -73,7 +72,7 @@ def save(
     return target
 
 
-def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
+def load(path: Path, *, model: nn.Module, optimizer: Optimizer, device: torch.device) -> Progress:
     """Put a checkpoint into model, optimiser and random generators, and return how far it is.
 
     Raises SeekVLError for a missing or broken file, and for tensors missing, left over or misshaped.

@@ -25,7 +25,8 @@ from seekvl.runtime import SeekVLError, seed_for, torch_generator
 from seekvl.train import checkpoint
 from seekvl.train.checkpoint import Progress
 from seekvl.train.metrics import ProgressLine, StepLog, StepRecord
-from seekvl.train.stage import Stage, make_optimizer, table
+from seekvl.train.optimizer import Optimizer, make_optimizer
+from seekvl.train.stage import Stage, table
 from seekvl.train.step import B, M, Objective, Precision, take_step
 
 
@@ -145,7 +146,7 @@ def train(run: Run[M, B], *, resume: bool = False, hooks: Sequence[Hook] = (), s
     return Summary(steps=run.stage.steps, checkpoint=path, seconds=time.monotonic() - begun)
 
 
-def _begin(run: Run[M, B], optimizer: torch.optim.Optimizer, *, resume: bool) -> Progress:
+def _begin(run: Run[M, B], optimizer: Optimizer, *, resume: bool) -> Progress:
     """Load the newest checkpoint of the folder, or start at step 0."""
     found = checkpoint.latest(run.folder)
     if found is None:
@@ -158,7 +159,7 @@ def _begin(run: Run[M, B], optimizer: torch.optim.Optimizer, *, resume: bool) ->
 
 
 def _steps(
-    run: Run[M, B], optimizer: torch.optim.Optimizer, *, progress: Progress, hooks: Sequence[Hook], show: bool
+    run: Run[M, B], optimizer: Optimizer, *, progress: Progress, hooks: Sequence[Hook], show: bool
 ) -> Path:
     """Take the steps that are left and return the last checkpoint."""
     stage, start = run.stage, progress.step
@@ -197,7 +198,7 @@ def _steps(
 
 
 def _one_step(
-    run: Run[M, B], optimizer: torch.optim.Optimizer, *, step: int, batches: Iterator[B | SeekVLError]
+    run: Run[M, B], optimizer: Optimizer, *, step: int, batches: Iterator[B | SeekVLError]
 ) -> StepRecord:
     """Wait for the batch of a step and learn from it."""
     begun = time.monotonic()

@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-import torch
 from torch import nn
 
 from seekvl.runtime import SeekVLError
 from seekvl.train.schedule import LanguageShare, Schedule
+
+Rule = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,12 +24,16 @@ class Group:
     """Decoupled decay of AdamW; 0 in the paper's table 4."""
     frozen: bool = False
     """Whether these parameters stay as they are."""
+    rule: Rule = "adamw"
+    """How they learn; "muon" is for the matrices between a network's layers."""
 
     def __post_init__(self) -> None:
         try:
             re.compile(self.pattern)
         except re.error as error:
             raise SeekVLError(f"group pattern {self.pattern!r} is no regular expression: {error}") from error
+        if self.rule not in get_args(Rule):
+            raise SeekVLError(f"group {self.pattern!r}: rule {self.rule!r} is unknown; use 'adamw' or 'muon'")
         if self.lr <= 0 or self.weight_decay < 0:
             raise SeekVLError(
                 f"group {self.pattern!r}: lr multiplier {self.lr} must be above 0 and weight decay "
@@ -100,34 +106,19 @@ def assign(stage: Stage, model: nn.Module) -> list[list[str]]:
     return names
 
 
-def make_optimizer(stage: Stage, model: nn.Module) -> torch.optim.AdamW:
-    """Freeze and unfreeze the parameters as the stage says and return an AdamW over those that learn.
-
-    Each of its groups keeps the multiplier under "scale"; `train.step` sets the learning rate from it.
-    """
-    parameters = dict(model.named_parameters())
-    groups = []
-    for group, names in zip(stage.groups, assign(stage, model), strict=True):
-        for name in names:
-            parameters[name].requires_grad_(not group.frozen)
-        if not group.frozen:
-            members = [parameters[name] for name in names]
-            groups.append({"params": members, "weight_decay": group.weight_decay, "scale": group.lr})
-    return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, fused=True)
-
-
 def table(stage: Stage, model: nn.Module) -> str:
     """Return the stage as a printable table: count, megabytes, peak learning rate and decay of every line."""
     parameters = dict(model.named_parameters())
-    rows = [("parameters", "count", "MB", "peak LR", "decay")]
+    rows = [("parameters", "count", "MB", "rule", "peak LR", "decay")]
     for group, names in zip(stage.groups, assign(stage, model), strict=True):
         members = [parameters[name] for name in names]
         count = sum(member.numel() for member in members)
         size = sum(member.numel() * member.element_size() for member in members)
         rate = "frozen" if group.frozen else f"{stage.lr * group.lr:.2e}"
         decay = "-" if group.frozen else f"{group.weight_decay:g}"
-        rows.append((group.pattern, f"{count:,}", f"{size / 1e6:.2f}", rate, decay))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        rule = "-" if group.frozen else group.rule
+        rows.append((group.pattern, f"{count:,}", f"{size / 1e6:.2f}", rule, rate, decay))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"stage {stage.name}: {stage.steps:,} steps of {stage.batch_size}, {stage.schedule.shape} schedule"
     ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seekvl.runtime import SeekVLError
 from seekvl.train.objective import Loss
+from seekvl.train.optimizer import Optimizer
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -52,7 +53,7 @@ def take_step(
     batch: B,
     *,
     objective: Objective[M, B],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     lr: float,
     grad_clip: float,
     precision: Precision = "float32",
@@ -71,7 +72,7 @@ def take_step(
         raise SeekVLError(
             "no parameter that learns has a part in the loss; unfreeze one or change the objective"
         )
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     mean.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(learning, grad_clip))
@@ -81,7 +82,7 @@ def take_step(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return StepResult(loss=value, weight=float(loss.weight), grad_norm=norm, skipped=not finite)
 
 

@@ -9,7 +9,7 @@ from seekvl.runtime import SeekVLError
 from seekvl.train import checkpoint
 from seekvl.train.checkpoint import Progress
 from seekvl.train.objective import next_token_loss
-from seekvl.train.stage import make_optimizer
+from seekvl.train.optimizer import make_optimizer
 from seekvl.train.step import take_step
 from tests.train.conftest import LANGUAGE, Toy, tiny_vl, toy_stage
 
@@ -43,7 +43,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), again)
     assert expected.shape == again.shape
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items())
-    assert optimizer.state[other.language.norm.weight]["step"] == 1
+    assert optimizer.parts[0].state[other.language.norm.weight]["step"] == 1
 
 
 def test_broken_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

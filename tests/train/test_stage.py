@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 
 from seekvl.runtime import SeekVLError
+from seekvl.train.optimizer import make_optimizer
 from seekvl.train.schedule import Schedule
-from seekvl.train.stage import Group, assign, make_optimizer, table
+from seekvl.train.stage import Group, assign, table
 from tests.train.conftest import tiny_vl, toy_stage
 
 GROUPS = (
@@ -61,7 +62,7 @@ def test_table_shows_counts_bytes_and_rates() -> None:
     frozen, adaptor, language = text.splitlines()[2:]
     count = sum(parameter.numel() for parameter in model.adaptor.parameters())
     assert frozen.split()[-2:] == ["frozen", "-"]
-    assert adaptor.split()[1:] == [f"{count:,}", f"{4 * count / 1e6:.2f}", "1.00e-02", "0"]
+    assert adaptor.split()[1:] == [f"{count:,}", f"{4 * count / 1e6:.2f}", "adamw", "1.00e-02", "0"]
     assert language.split()[-2:] == ["1.00e-03", "0.1"]
 
 

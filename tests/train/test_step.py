@@ -4,7 +4,8 @@ import torch
 from seekvl.models.vl import VL
 from seekvl.runtime import SeekVLError
 from seekvl.train.objective import Loss, next_token_loss
-from seekvl.train.stage import Group, make_optimizer
+from seekvl.train.optimizer import make_optimizer
+from seekvl.train.stage import Group
 from seekvl.train.step import StepResult, take_step
 from tests.train.conftest import LANGUAGE, Toy, tiny_vl, toy_stage
 
