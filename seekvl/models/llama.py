@@ -89,8 +89,10 @@ def rotary_table(positions: Tensor, *, width: int, theta: float) -> tuple[Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x[b, h, t, e] by its positions, pairing channel i with channel i + e/2; computed in float32."""
-    first, second = x.chunk(2, dim=-1)  # b h t e/2; a product with the float32 table is float32
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second = x.float().chunk(2, dim=-1)  # b h t e/2
+    left = torch.addcmul(first * cos, second, sin, value=-1)
+    right = torch.addcmul(second * cos, first, sin)
+    return torch.cat((left, right), dim=-1).to(x.dtype)
 
 
 class RmsNorm(nn.Module):
@@ -102,14 +104,8 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x[..., d] over its channels.
-
-        The norm of a vector needs no memory for its squares, which makes this three times as fast on a CPU as
-        `F.rms_norm`.
-        """
-        x32 = x.float()
-        mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1]
-        return self.weight * (x32 * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        """Normalise x[..., d] over its channels; the weight multiplies in the dtype of x, like the reference."""
+        return self.weight * F.rms_norm(x, (x.shape[-1],), eps=self.eps)
 
 
 class Attention(nn.Module):
