@@ -104,7 +104,7 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x[..., d] over its channels; the weight multiplies in the dtype of x, like the reference."""
+        """Normalise x[..., d] over its channels; like the reference it rounds before the weight."""
         return self.weight * F.rms_norm(x, (x.shape[-1],), eps=self.eps)
 
 
