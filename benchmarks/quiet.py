@@ -18,7 +18,7 @@ class Neighbours:
 
     def cores(self) -> float:
         """Return the cores others used on average since the start; 0.0 where the system does not say."""
-        total, own, wall = (now - then for now, then in zip(self._marks(), self._start, strict=True))
+        total, own, wall = (after - before for after, before in zip(self._marks(), self._start, strict=True))
         return max(0.0, (total - own) / max(wall, 1e-9))
 
     @staticmethod

@@ -280,6 +280,7 @@ def _first_interrupt() -> Iterator[Callable[[], bool]]:
     noted = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
+        """Take a Ctrl-C."""
         if noted.is_set():
             raise KeyboardInterrupt
         noted.set()

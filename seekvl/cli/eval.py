@@ -80,6 +80,7 @@ def _answers(vlm: "VLM", *, total: int) -> Callable[[list["Conversation"]], list
     live = sys.stderr.isatty()
 
     def answer(conversations: list["Conversation"]) -> list[str]:
+        """Answer one batch."""
         nonlocal done, shown
         texts = [one.text for one in vlm.batch(conversations, max_new_tokens=LONGEST)]
         done, now = done + len(conversations), time.monotonic()

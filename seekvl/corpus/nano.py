@@ -178,6 +178,7 @@ def _ask_two(scenes: list[Scene], rng: random.Random) -> list[Asked]:
     pairs: list[Asked] = []
 
     def ask(template: str, about: str, answer: str, **words: str) -> None:
+        """Add a question in one of its wordings."""
         question = rng.choice(ASK[template]).format(**words)
         pairs.append(Asked(kind="two_pictures", question=question, answer=answer, about=about))
 

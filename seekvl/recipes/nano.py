@@ -12,14 +12,11 @@ Then come the three stages of 2403.05525, sec. 3.2.
 """
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 
 from seekvl.corpus import nano as corpus
@@ -31,10 +28,11 @@ from seekvl.models.siglip import SiglipConfig
 from seekvl.models.vl import VL, VLConfig
 from seekvl.processing.encode import ModelInput, Processor
 from seekvl.processing.pad_image import PadImageConfig
-from seekvl.processing.template import Template, prompt_text, render
-from seekvl.processing.tokenizer import BOS, EOS, GROUNDING_MARKS, IMAGE, Tokenizer
+from seekvl.processing.template import Template
+from seekvl.processing.tokenizer import Tokenizer
 from seekvl.recipes.nano_encoders import Labeller, cell_batches, cell_loss
-from seekvl.runtime import SeekVLError, atomic_file, log, seed_for, torch_generator
+from seekvl.recipes.nano_words import VOCABULARY, train_tokenizer
+from seekvl.runtime import SeekVLError, log, seed_for, torch_generator
 from seekvl.train.loop import Hook, Run, train
 from seekvl.train.objective import next_token_loss
 from seekvl.train.schedule import LanguageShare, Schedule
@@ -43,7 +41,6 @@ from seekvl.train.streams import Streams
 from seekvl.weights.config import CheckpointConfig
 from seekvl.weights.save import save_checkpoint
 
-VOCABULARY = 1024
 HALF = (0.5, 0.5, 0.5)
 LENGTHS = (64, 128, 192, 256, 320, 384, 448, 512)
 """Row lengths of batches: each new one costs a kernel set-up."""
@@ -89,48 +86,6 @@ RESIDUAL = ("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight
 """Ends of the names of weights that write to a residual stream."""
 TEMPLATE = Template(system="")
 """The template of the published models without its system prompt, which would be half of nano's tokens."""
-
-
-def train_tokenizer(path: Path, *, seed: int = 0, samples: int = 6000) -> None:
-    """Learn nano's byte-level BPE from its own corpus and write it as a `tokenizer.json`.
-
-    Digits and the letters of capitalised words stay single tokens, so that reading a word and a coordinate is
-    copying letter by letter. BOS, EOS and the picture placeholder are DeepSeek-VL's, the marks of boxes
-    VL2's.
-    """
-    backend = Backend(models.BPE())
-    capitals = Regex(r"\p{Lu}(?=\p{Lu})|(?<=\p{Lu})\p{Lu}")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[\r\n]+"), "isolated"),
-            pre_tokenizers.Split(Regex(r", (?=\d)"), "isolated"),
-            pre_tokenizers.Split(Regex(r"\s?\p{L}+"), "isolated"),
-            pre_tokenizers.Split(capitals, "isolated"),
-            pre_tokenizers.Split(Regex(r"\s?(?!, $)\p{P}+"), "isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    specials = (BOS, EOS, IMAGE, *GROUNDING_MARKS)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(specials),
-        min_frequency=3,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(_texts(seed, samples), trainer)
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    with atomic_file(path) as part:
-        backend.save(str(part))
-
-
-def _texts(seed: int, samples: int) -> Iterator[str]:
-    """Yield the prompts of the first samples of both streams, cut at their special tokens."""
-    specials = re.compile("|".join(re.escape(token) for token in (EOS, IMAGE, *GROUNDING_MARKS)))
-    for index in range(samples):
-        sample = corpus.text_sample(seed, index) if index % 3 == 0 else corpus.sample(seed, index)
-        yield from specials.split(prompt_text(render(sample.conversation, template=TEMPLATE, complete=True)))
 
 
 def processor(tokenizer: Tokenizer) -> Processor:
@@ -335,6 +290,7 @@ class Build:
             return stage
 
         def scaled(steps: int) -> int:
+            """Return the steps of this start, at least one."""
             return max(1, round(steps * self.scale))
 
         share = stage.language and replace(stage.language, warmup=round(stage.language.warmup * self.scale))
@@ -367,7 +323,7 @@ def build(
     words = folder / "tokenizer.json"
     if not words.exists():
         log.info("learning the tokenizer")
-        train_tokenizer(words, seed=seed)
+        train_tokenizer(words, template=TEMPLATE, seed=seed)
     prepare = processor(Tokenizer.from_file(words))
     model = VL(MODEL)
     initialise(model, seed=seed)

@@ -179,6 +179,7 @@ def cell_batches(image: PadImageConfig, *, batch_size: int, seed: int) -> Callab
     """Return the batch of a step as a function of its number."""
 
     def batch(step: int) -> CellBatch:
+        """Draw the batch of a step."""
         scenes = [corpus.scene(seed, step * batch_size + index) for index in range(batch_size)]
         pictures = [prepare_picture(scene.image, image, mode="seekvl").pixels for scene in scenes]
         labels, boxes = zip(*(cell_labels(scene, image=image) for scene in scenes), strict=True)

@@ -225,6 +225,7 @@ def _weights(checks: _Checks, folder: Path, config: CheckpointConfig) -> None:
     """Look at the weight files: headers, keys and shapes, dtypes, numbers."""
 
     def files() -> tuple[dict[str, str], str]:
+        """Read headers and index."""
         tensors = read_folder(folder)
         size = sum(tensor.end - tensor.begin for tensor in tensors.values())
         paths = {tensor.file for tensor in tensors.values()}

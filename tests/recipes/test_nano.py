@@ -9,7 +9,7 @@ from seekvl.models.hybrid import Hybrid
 from seekvl.models.vl import VL, on_meta
 from seekvl.processing.encode import Processor
 from seekvl.processing.pad_image import visual_tokens
-from seekvl.processing.tokenizer import GROUNDING_MARKS, Tokenizer
+from seekvl.processing.tokenizer import Tokenizer
 from seekvl.recipes import nano
 from seekvl.recipes.nano_encoders import Labeller
 from seekvl.runtime import SeekVLError
@@ -20,7 +20,7 @@ from seekvl.weights.load import load_checkpoint
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("words") / "tokenizer.json"
-    nano.train_tokenizer(path, samples=300)
+    nano.train_tokenizer(path, template=nano.TEMPLATE, samples=300)
     return path
 
 
@@ -29,30 +29,10 @@ def prepare(words: Path) -> Processor:
     return nano.processor(Tokenizer.from_file(words))
 
 
-def pieces(prepare: Processor, text: str) -> list[str]:
-    tokenizer = prepare.tokenizer
-    return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
-
-
 def test_nano_is_small_and_both_sides_count_the_same_visual_tokens() -> None:
     assert 2e6 < sum(p.numel() for p in on_meta(nano.MODEL).parameters()) < 6e6
     assert nano.MODEL.visual_tokens == visual_tokens(nano.IMAGE_CONFIG) == 100
     assert nano.MODEL.image_size == nano.IMAGE_CONFIG.image_size
-
-
-def test_capitals_and_digits_stay_single_tokens(prepare: Processor) -> None:
-    assert pieces(prepare, " STOP") == [" ", "S", "T", "O", "P"]
-    assert pieces(prepare, "[[120, 7, 999, 40]]") == [
-        *("[[", "1", "2", "0", ", ", "7", ", ", "9", "9", "9", ", ", "4", "0", "]]")
-    ]
-    assert pieces(prepare, " red circle") == [" red", " circle"]
-
-
-def test_the_tokenizer_writes_back_what_it_read(prepare: Processor) -> None:
-    text = "naïve café, 图片 🙂\n\tRead: STOP?\r\n"
-    assert prepare.tokenizer.decode(prepare.tokenizer.encode(text)) == text
-    assert all(prepare.tokenizer.token_id(mark) is not None for mark in GROUNDING_MARKS)
-    assert prepare.tokenizer.vocab_size <= nano.VOCABULARY
 
 
 def test_a_prompt_ends_as_the_trained_prefix_of_its_answer_begins(prepare: Processor) -> None:
