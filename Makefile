@@ -25,7 +25,7 @@ $(VENV)/.dev: $(VENV)/.base
 
 demo: $(VENV)/.base
 	$(BIN)/seekvl ask examples/sign.png "What does the sign say?"
-	$(BIN)/seekvl ask examples/shapes.png "Where is the yellow star?" --draw examples/shapes-answer.png
+	$(BIN)/seekvl ask examples/shapes.png "Where is the black diamond?" --draw examples/shapes-answer.png
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

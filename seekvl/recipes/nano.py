@@ -12,7 +12,7 @@ Then come the three stages of 2403.05525, sec. 3.2.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,12 +31,14 @@ from seekvl.processing.pad_image import PadImageConfig
 from seekvl.processing.template import Template
 from seekvl.processing.tokenizer import Tokenizer
 from seekvl.recipes.nano_encoders import Labeller, cell_batches, cell_loss
+from seekvl.recipes.nano_naming import naming
 from seekvl.recipes.nano_words import VOCABULARY, train_tokenizer
 from seekvl.runtime import SeekVLError, log, seed_for, torch_generator
-from seekvl.train.loop import Hook, Run, train
+from seekvl.train.loop import Hook, Run, one_kind, train
 from seekvl.train.objective import next_token_loss
 from seekvl.train.schedule import LanguageShare, Schedule
 from seekvl.train.stage import Group, Stage
+from seekvl.train.step import B, M, Objective
 from seekvl.train.streams import Streams
 from seekvl.weights.config import CheckpointConfig
 from seekvl.weights.save import save_checkpoint
@@ -128,6 +130,22 @@ def waves(cells: int, width: int) -> Tensor:
     return 0.5 * torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
+def answers_alike(inputs: ModelInput) -> ModelInput:
+    """Weigh tokens so that every answer of a conversation counts alike, however long it is.
+
+    By tokens, the digits of boxes would be most of what there is to learn, and "red" next to nothing:
+
+        answer     red <eos>     <ref> red circle </ref> <det> [[ 1 2 0 , ...
+        weights    1/2  1/2      1/22  1/22  ...
+    """
+    assert inputs.loss_weights is not None
+    counted = inputs.loss_weights > 0
+    begins = counted & ~torch.cat((torch.zeros(1, dtype=torch.bool), counted[:-1]))
+    answer = begins.cumsum(0) * counted  # t: number of the answer, 0 outside
+    lengths = answer.bincount()[answer].float()
+    return replace(inputs, loss_weights=counted / lengths)
+
+
 @dataclass(frozen=True, slots=True)
 class TextSource:
     """Short dialogues without pictures."""
@@ -137,7 +155,8 @@ class TextSource:
 
     def __call__(self, index: int) -> ModelInput:
         """Return sample `index`, encoded for training."""
-        return self.processor.encode(corpus.text_sample(self.seed, index).conversation, train=True)
+        conversation = corpus.text_sample(self.seed, index).conversation
+        return answers_alike(self.processor.encode(conversation, train=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +174,7 @@ class PictureSource:
         """Return sample `index`, encoded for training."""
         kind = "count" if index % 6 == 5 else None
         sample = corpus.sample(self.seed, index, kind=kind, questions=self.questions)
-        return self.processor.encode(sample.conversation, train=True)
+        return answers_alike(self.processor.encode(sample.conversation, train=True))
 
 
 ADAPTOR = r"adaptor[.].*|vision[.]high[.](downsamples|neck|neck_hd)[.].*|vision[.]high[.]hd_alpha"
@@ -171,7 +190,7 @@ TOWERS = (
     Group(pattern=rf"vision[.](?!(high|low){MATRIX}).*"),
 )
 LANGUAGE = (
-    Group(pattern=r"language[.]layers[.].*_proj[.]weight", rule="muon", lr=3.0),
+    Group(pattern=r"language[.]layers[.].*_proj[.]weight", rule="muon", lr=2.0),
     Group(pattern=r"language[.](?!layers[.].*_proj[.]).*"),
 )
 
@@ -205,17 +224,16 @@ def language() -> Stage:
 
 
 def stage1() -> Stage:
-    """Adaptor warm-up: everything else frozen (2403.05525, sec. 3.2.1)."""
+    """Adaptor warm-up: everything else frozen (2403.05525, sec. 3.2.1); its objective is `nano_naming`."""
     return Stage(
         name="stage1",
         steps=200,
-        batch_size=16,
+        batch_size=32,
         lr=2e-3,
         schedule=Schedule(shape="cosine", warmup=20, floor=0.1),
         groups=(
-            Group(pattern=ADAPTOR),
-            Group(pattern=TRUNK, frozen=True),
-            Group(pattern=LOW, frozen=True),
+            Group(pattern=r"adaptor[.].*"),
+            Group(pattern=r"vision[.].*", frozen=True),
             Group(pattern=r"language[.].*", frozen=True),
         ),
     )
@@ -229,10 +247,10 @@ def stage2() -> Stage:
     """
     return Stage(
         name="stage2",
-        steps=2000,
+        steps=1100,
         batch_size=16,
         lr=1e-3,
-        schedule=Schedule(shape="step", warmup=100),
+        schedule=Schedule(shape="cosine", warmup=100, floor=0.3),
         groups=(
             Group(pattern=ADAPTOR),
             Group(pattern=TRUNK, frozen=True),
@@ -247,10 +265,10 @@ def stage3() -> Stage:
     """Supervised fine-tuning: SAM stays frozen, the rest learns (2403.05525, sec. 3.2.3)."""
     return Stage(
         name="stage3",
-        steps=1000,
+        steps=300,
         batch_size=16,
         lr=4e-4,
-        schedule=Schedule(shape="cosine", warmup=50),
+        schedule=Schedule(shape="cosine", warmup=20),
         groups=(
             Group(pattern=ADAPTOR),
             Group(pattern=TRUNK, frozen=True),
@@ -328,8 +346,10 @@ def build(
     model = VL(MODEL)
     initialise(model, seed=seed)
     _warm_up_towers(start, model, hooks=hooks)
-    for stage, questions in ((language(), 0), (stage1(), 4), (stage2(), 8), (stage3(), 8)):
-        _run_stage(start, model, prepare, stage=start.stage(stage), questions=questions, hooks=hooks)
+    _run_stage(start, model, prepare, stage=start.stage(language()), questions=0, hooks=hooks)
+    _warm_up_adaptor(start, model, prepare, hooks=hooks)
+    for stage in (stage2(), stage3()):
+        _run_stage(start, model, prepare, stage=start.stage(stage), questions=6, hooks=hooks)
     target = folder / "seekvl-nano"
     save_checkpoint(model, target, config=CHECKPOINT, tokenizer=words, dtype=torch.float16, overwrite=True)
     return target
@@ -338,19 +358,14 @@ def build(
 def _warm_up_towers(start: Build, model: VL, *, hooks: Sequence[Hook]) -> None:
     assert isinstance(model.vision, Hybrid)
     stage = start.stage(encoders())
-    run = Run(
-        model=Labeller(model.vision),
-        stage=stage,
-        batch=cell_batches(IMAGE_CONFIG, batch_size=stage.batch_size, seed=start.seed),
-        objective=cell_loss,
-        folder=start.folder / stage.name,
-        seed=start.seed,
-        device=start.device,
-        precision="bfloat16",
-        workers=start.workers,
-        threads=start.threads,
-    )
-    train(run, resume=start.resume, hooks=hooks)
+    cells = cell_batches(IMAGE_CONFIG, batch_size=stage.batch_size, seed=start.seed)
+    _train(start, Labeller(model.vision), stage=stage, batch=cells, objective=cell_loss, hooks=hooks)
+
+
+def _warm_up_adaptor(start: Build, model: VL, prepare: Processor, *, hooks: Sequence[Hook]) -> None:
+    stage = start.stage(stage1())
+    cells = cell_batches(IMAGE_CONFIG, batch_size=stage.batch_size, seed=seed_for(start.seed, stage.name))
+    _train(start, model, stage=stage, batch=cells, objective=naming(prepare.tokenizer), hooks=hooks)
 
 
 def _run_stage(
@@ -366,14 +381,30 @@ def _run_stage(
         multimodal=PictureSource(prepare, seed_for(start.seed, stage.name), questions) if questions else None,
         share=stage.language,
     )
+    _train(
+        start, model, stage=stage, batch=streams, objective=next_token_loss, hooks=hooks, kind=streams.kind
+    )
+
+
+def _train(
+    start: Build,
+    model: M,
+    *,
+    stage: Stage,
+    batch: Callable[[int], B],
+    objective: Objective[M, B],
+    hooks: Sequence[Hook],
+    kind: Callable[[int], str] = one_kind,
+) -> None:
+    """Train one stage in a folder of its own."""
     run = Run(
         model=model,
         stage=stage,
-        batch=streams,
-        objective=next_token_loss,
+        batch=batch,
+        objective=objective,
         folder=start.folder / stage.name,
         seed=start.seed,
-        kind=streams.kind,
+        kind=kind,
         device=start.device,
         precision="bfloat16",
         workers=start.workers,

@@ -63,7 +63,7 @@ def learning(stage: Stage) -> set[str]:
 
 
 def test_stages_train_what_the_paper_trains() -> None:
-    assert learning(nano.stage1()) == {"adaptor", "high"}  # of the high tower its convolutions alone
+    assert learning(nano.stage1()) == {"adaptor"}
     assert learning(nano.stage2()) == {"adaptor", "high", "language"}
     assert learning(nano.stage3()) == {"adaptor", "high", "low", "language"}
     frozen = [group.pattern for group in nano.stage3().groups if group.frozen]
@@ -106,3 +106,17 @@ def test_the_whole_recipe_runs_resumes_and_leaves_a_checkpoint_that_loads(
 def test_a_scale_that_leaves_no_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SeekVLError, match="above 0"):
         nano.build(tmp_path, device=torch.device("cpu"), scale=0.0)
+
+
+def test_every_answer_counts_alike_however_long(prepare: Processor) -> None:
+    encoded = prepare.encode(corpus.sample(0, 8, questions=5).conversation, train=True)
+    weighed = nano.answers_alike(encoded).loss_weights
+    assert weighed is not None
+    assert encoded.loss_weights is not None
+    assert torch.equal(weighed > 0, encoded.loss_weights > 0)
+    turns = sum(
+        message.role == "assistant" for message in corpus.sample(0, 8, questions=5).conversation.messages
+    )
+    assert weighed.sum().item() == pytest.approx(turns)
+    lengths = {round(1 / weight) for weight in weighed[weighed > 0].tolist()}
+    assert len(lengths) > 1
