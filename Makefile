@@ -24,8 +24,8 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.base
-	$(BIN)/seekvl ask examples/sign.png "What does the sign say?"
-	$(BIN)/seekvl ask examples/shapes.png "Where is the black diamond?" --draw examples/shapes-answer.png
+	$(BIN)/seekvl ask examples/chart.png "Which bar is tallest?"
+	$(BIN)/seekvl ask examples/sign.png "Where is the sign?" --draw examples/sign-answer.png
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
