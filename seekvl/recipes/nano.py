@@ -6,7 +6,7 @@ Then come the three stages of 2403.05525, sec. 3.2.
 
     encoders    both towers                      label what lies under each cell
     language    language model                   text only
-    stage 1     adaptor                          short answers about pictures
+    stage 1     adaptor                          name what lies under each cell, in the language model's words
     stage 2     adaptor, language model          text and pictures, the share of text falling
     stage 3     SigLIP, adaptor, language model  several questions a picture
 """

@@ -18,13 +18,6 @@ from seekvl.weights.load import load_checkpoint
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("words") / "tokenizer.json"
-    nano.train_tokenizer(path, template=nano.TEMPLATE, samples=300)
-    return path
-
-
-@pytest.fixture(scope="module")
 def prepare(words: Path) -> Processor:
     return nano.processor(Tokenizer.from_file(words))
 

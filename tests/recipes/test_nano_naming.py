@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from seekvl.models.vl import VL
@@ -7,13 +6,6 @@ from seekvl.recipes import nano
 from seekvl.recipes.nano_encoders import COLOUR_NAMES, FORMS, cell_batches
 from seekvl.recipes.nano_naming import NAMED, naming
 from seekvl.train.optimizer import make_optimizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("words") / "tokenizer.json"
-    nano.train_tokenizer(path, template=nano.TEMPLATE, samples=300)
-    return Tokenizer.from_file(path)
 
 
 def test_classes_are_said_in_words_of_their_own(tokenizer: Tokenizer) -> None:

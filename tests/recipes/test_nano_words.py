@@ -1,17 +1,8 @@
 from pathlib import Path
 
-import pytest
-
 from seekvl.processing.tokenizer import GROUNDING_MARKS, Tokenizer
 from seekvl.recipes.nano import TEMPLATE
 from seekvl.recipes.nano_words import VOCABULARY, train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("words") / "tokenizer.json"
-    train_tokenizer(path, template=TEMPLATE, samples=300)
-    return Tokenizer.from_file(path)
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
