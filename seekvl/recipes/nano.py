@@ -287,7 +287,7 @@ def stage3() -> Stage:
     """Supervised fine-tuning: SAM stays frozen, the rest learns (2403.05525, sec. 3.2.3)."""
     return Stage(
         name="stage3",
-        steps=1100,
+        steps=1300,
         batch_size=16,
         lr=4e-4,
         schedule=Schedule(shape="cosine", warmup=20),
