@@ -167,7 +167,12 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position of x[..., d] alone."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        if torch.is_grad_enabled():
+            gate = F.silu(gate) * self.up_proj(x)
+        else:  # the same numbers in the same buffer: fresh memory for each is 1/20 of a prefill on the CPU
+            gate = F.silu(gate, inplace=True).mul_(self.up_proj(x))
+        out: Tensor = self.down_proj(gate)
         return out
 
 

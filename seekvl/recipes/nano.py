@@ -130,20 +130,38 @@ def waves(cells: int, width: int) -> Tensor:
     return 0.5 * torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
-def answers_alike(inputs: ModelInput) -> ModelInput:
-    """Weigh tokens so that every answer of a conversation counts alike, however long it is.
+PLACES = (0.1, 0.5, 1.0)
+"""Weight of a digit of a box, by the digits of its number that follow: units, tens, hundreds."""
 
-    By tokens, the digits of boxes would be most of what there is to learn, and "red" next to nothing:
+
+def weigh_answers(inputs: ModelInput, *, tokenizer: Tokenizer) -> ModelInput:
+    """Weigh tokens so that a long answer counts more than a short one, but not as many times more as it has
+    tokens, and the last digits of a box hardly at all.
+
+    By tokens, the digits of boxes would be most of what there is to learn, and "red" next to nothing; by
+    answers, a digit would count a tenth of "red", and boxes come last or never.
 
         answer     red <eos>     <ref> red circle </ref> <det> [[ 1 2 0 , ...
-        weights    1/2  1/2      1/22  1/22  ...
+        weights    .7   .7       .2    .2  .2     .2     .2    .2 .2 .1 .02
     """
     assert inputs.loss_weights is not None
     counted = inputs.loss_weights > 0
     begins = counted & ~torch.cat((torch.zeros(1, dtype=torch.bool), counted[:-1]))
     answer = begins.cumsum(0) * counted  # t: number of the answer, 0 outside
     lengths = answer.bincount()[answer].float()
-    return replace(inputs, loss_weights=counted / lengths)
+    return replace(inputs, loss_weights=counted * lengths**-0.5 * _places(inputs.input_ids, tokenizer))
+
+
+def _places(ids: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Return f32[t], the weight of each token by its place in a number of a box; 1 for every other token."""
+    opened, closed = (ids == tokenizer.token_id(mark) for mark in ("<|det|>", "<|/det|>"))
+    inside = opened.cumsum(0) > closed.cumsum(0)
+    digit = torch.isin(ids, torch.tensor([tokenizer.encode(str(digit))[0] for digit in range(10)])) & inside
+    none = torch.zeros(1, dtype=torch.bool)
+    one = digit & torch.cat((digit[1:], none))  # at least one follows
+    two = one & torch.cat((one[1:], none))
+    places = torch.tensor(PLACES)[one.long() + two.long()]
+    return torch.where(digit, places, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +174,9 @@ class TextSource:
     def __call__(self, index: int) -> ModelInput:
         """Return sample `index`, encoded for training."""
         conversation = corpus.text_sample(self.seed, index).conversation
-        return answers_alike(self.processor.encode(conversation, train=True))
+        return weigh_answers(
+            self.processor.encode(conversation, train=True), tokenizer=self.processor.tokenizer
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +194,9 @@ class PictureSource:
         """Return sample `index`, encoded for training."""
         kind = "count" if index % 6 == 5 else None
         sample = corpus.sample(self.seed, index, kind=kind, questions=self.questions)
-        return answers_alike(self.processor.encode(sample.conversation, train=True))
+        return weigh_answers(
+            self.processor.encode(sample.conversation, train=True), tokenizer=self.processor.tokenizer
+        )
 
 
 ADAPTOR = r"adaptor[.].*|vision[.]high[.](downsamples|neck|neck_hd)[.].*|vision[.]high[.]hd_alpha"
@@ -199,7 +221,7 @@ def encoders() -> Stage:
     """Warm-up of the towers; the last group is the linear layers thrown away afterwards."""
     return Stage(
         name="encoders",
-        steps=3000,
+        steps=4200,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.02),
@@ -211,7 +233,7 @@ def language() -> Stage:
     """Warm-up of the language model on text."""
     return Stage(
         name="language",
-        steps=600,
+        steps=400,
         batch_size=32,
         lr=2e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.1),
@@ -247,7 +269,7 @@ def stage2() -> Stage:
     """
     return Stage(
         name="stage2",
-        steps=1100,
+        steps=2600,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.3),
@@ -265,7 +287,7 @@ def stage3() -> Stage:
     """Supervised fine-tuning: SAM stays frozen, the rest learns (2403.05525, sec. 3.2.3)."""
     return Stage(
         name="stage3",
-        steps=300,
+        steps=1100,
         batch_size=16,
         lr=4e-4,
         schedule=Schedule(shape="cosine", warmup=20),
@@ -349,7 +371,7 @@ def build(
     _run_stage(start, model, prepare, stage=start.stage(language()), questions=0, hooks=hooks)
     _warm_up_adaptor(start, model, prepare, hooks=hooks)
     for stage in (stage2(), stage3()):
-        _run_stage(start, model, prepare, stage=start.stage(stage), questions=6, hooks=hooks)
+        _run_stage(start, model, prepare, stage=start.stage(stage), questions=8, hooks=hooks)
     target = folder / "seekvl-nano"
     save_checkpoint(model, target, config=CHECKPOINT, tokenizer=words, dtype=torch.float16, overwrite=True)
     return target

@@ -176,11 +176,14 @@ def cell_accuracy(model: Labeller, batch: CellBatch) -> dict[str, tuple[float, f
 
 
 def cell_batches(image: PadImageConfig, *, batch_size: int, seed: int) -> Callable[[int], CellBatch]:
-    """Return the batch of a step as a function of its number."""
+    """Return the batch of a step as a function of its number; every third picture is a sign, for letters are
+    learnt last.
+    """
 
     def batch(step: int) -> CellBatch:
         """Draw the batch of a step."""
-        scenes = [corpus.scene(seed, step * batch_size + index) for index in range(batch_size)]
+        indices = range(step * batch_size, (step + 1) * batch_size)
+        scenes = [corpus.scene(seed, index, style="sign" if index % 3 == 0 else None) for index in indices]
         pictures = [prepare_picture(scene.image, image, mode="seekvl").pixels for scene in scenes]
         labels, boxes = zip(*(cell_labels(scene, image=image) for scene in scenes), strict=True)
         return CellBatch(pixels=torch.stack(pictures), labels=torch.stack(labels), boxes=torch.stack(boxes))

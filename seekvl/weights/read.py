@@ -154,11 +154,12 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _stored(path: Path, key: str, value: object, *, start: int) -> StoredTensor:
     """Turn one header entry into a place, checking that bytes, shape and dtype fit."""
+    if not isinstance(value, dict):
+        raise SeekVLError(f"{path}: the header entry of {key!r} is garbled: download it again")
     try:
-        assert isinstance(value, dict)
         dtype, shape = value["dtype"], tuple(int(side) for side in value["shape"])
         first, last = (int(offset) for offset in value["data_offsets"])
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise SeekVLError(f"{path}: the header entry of {key!r} is garbled: download it again") from error
     if dtype not in DTYPES:
         raise SeekVLError(f"{path}: tensor {key} is stored as {dtype}; weights are {', '.join(DTYPES)}")

@@ -7,7 +7,9 @@ import torch
 from seekvl.corpus import nano as corpus
 from seekvl.models.hybrid import Hybrid
 from seekvl.models.vl import VL, on_meta
+from seekvl.processing.conversation import Conversation, Message, Text
 from seekvl.processing.encode import Processor
+from seekvl.processing.grounding import format_box
 from seekvl.processing.pad_image import visual_tokens
 from seekvl.processing.tokenizer import Tokenizer
 from seekvl.recipes import nano
@@ -101,15 +103,40 @@ def test_a_scale_that_leaves_no_steps_is_refused(tmp_path: Path) -> None:
         nano.build(tmp_path, device=torch.device("cpu"), scale=0.0)
 
 
-def test_every_answer_counts_alike_however_long(prepare: Processor) -> None:
+def test_long_answers_count_more_than_short_ones_but_not_by_their_length(prepare: Processor) -> None:
     encoded = prepare.encode(corpus.sample(0, 8, questions=5).conversation, train=True)
-    weighed = nano.answers_alike(encoded).loss_weights
+    weighed = nano.weigh_answers(encoded, tokenizer=prepare.tokenizer).loss_weights
     assert weighed is not None
     assert encoded.loss_weights is not None
     assert torch.equal(weighed > 0, encoded.loss_weights > 0)
-    turns = sum(
-        message.role == "assistant" for message in corpus.sample(0, 8, questions=5).conversation.messages
-    )
-    assert weighed.sum().item() == pytest.approx(turns)
-    lengths = {round(1 / weight) for weight in weighed[weighed > 0].tolist()}
+    answers = torch.split(weighed, _runs(encoded.loss_weights > 0))
+    lengths = {len(answer) for answer in answers if answer[0] > 0}
     assert len(lengths) > 1
+    for answer in answers:
+        if answer[0] > 0:
+            assert answer.max().item() == pytest.approx(len(answer) ** -0.5)
+
+
+def test_late_digits_of_a_box_hardly_count(prepare: Processor) -> None:
+    turns = (
+        Message("user", (Text("7 or 203?"),)),
+        Message("assistant", (Text(format_box("7", [(7, 45, 203, 999)])),)),
+    )
+    encoded = prepare.encode(Conversation(turns), train=True)
+    weighed = nano.weigh_answers(encoded, tokenizer=prepare.tokenizer).loss_weights
+    assert weighed is not None
+    pairs = [
+        (prepare.tokenizer.decode([token]), round(weight / weighed.max().item(), 2))
+        for token, weight in zip(encoded.input_ids.tolist(), weighed.tolist(), strict=True)
+        if weight > 0
+    ]
+    digits = [(text, weight) for text, weight in pairs if text.strip().isdigit()]
+    label, *numbers = digits
+    assert label == ("7", 1.0)
+    assert "".join(text for text, _ in numbers) == "745203999"
+    assert [weight for _, weight in numbers] == [0.1, 0.5, 0.1, 1.0, 0.5, 0.1, 1.0, 0.5, 0.1]
+
+
+def _runs(mask: torch.Tensor) -> list[int]:
+    """Return the lengths of stretches of equal values."""
+    return torch.unique_consecutive(mask, return_counts=True)[1].tolist()

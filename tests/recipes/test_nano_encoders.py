@@ -116,3 +116,8 @@ def test_accuracy_counts_cells_that_hold_something(labeller: Labeller) -> None:
     accuracy = cell_accuracy(labeller, batch)
     assert set(accuracy) == {*LABELS, "edge error"}
     assert all(0 <= value <= 1 for name in LABELS for value in accuracy[name])
+
+
+def test_every_third_picture_of_a_batch_is_a_sign() -> None:
+    labels = cell_batches(nano.IMAGE_CONFIG, batch_size=4, seed=3)(1).labels  # pictures 4 to 7
+    assert (labels[2, :, 1] == FORMS.index("sign") + 1).any() or (labels[2, :, 3] > 0).any()
