@@ -154,7 +154,7 @@ def weigh_answers(inputs: ModelInput, *, tokenizer: Tokenizer) -> ModelInput:
 
 def _places(ids: Tensor, tokenizer: Tokenizer) -> Tensor:
     """Return f32[t], the weight of each token by its place in a number of a box; 1 for every other token."""
-    opened, closed = (ids == tokenizer.token_id(mark) for mark in ("<|det|>", "<|/det|>"))
+    opened, closed = (ids.eq(tokenizer.encode(mark)[0]) for mark in ("<|det|>", "<|/det|>"))
     inside = opened.cumsum(0) > closed.cumsum(0)
     digit = torch.isin(ids, torch.tensor([tokenizer.encode(str(digit))[0] for digit in range(10)])) & inside
     none = torch.zeros(1, dtype=torch.bool)
