@@ -210,7 +210,7 @@ def test_gate_equals_the_reference(name: str) -> None:
         key = f"aux_loss_alpha_0.01_seq_aux_{str(per_sequence).lower()}"
         if key in case:
             loss = balance_loss(routing, replace(config, aux_per_sequence=per_sequence))
-            assert float(loss) == pytest.approx(case[key], abs=1e-7)
+            assert loss.item() == pytest.approx(case[key], abs=1e-7)
 
 
 def test_gate_computes_in_float32_whatever_its_dtype_or_autocast() -> None:
