@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from seekvl.processing import grounding
     from seekvl.processing.conversation import Conversation
     from seekvl.processing.grounding import Box
     from seekvl.runtime import SeekVLError
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["VLM", "Answer", "Box", "Conversation", "SeekVLError", "__version__", "load"]
+__all__ = ["VLM", "Answer", "Box", "Conversation", "SeekVLError", "__version__", "grounding", "load"]
 
 _HOMES = {
     "Answer": "seekvl.vlm",
@@ -18,6 +19,7 @@ _HOMES = {
     "Conversation": "seekvl.processing.conversation",
     "SeekVLError": "seekvl.runtime",
     "VLM": "seekvl.vlm",
+    "grounding": "seekvl.processing.grounding",
     "load": "seekvl.vlm",
 }
 
@@ -28,7 +30,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'seekvl' has no attribute {name!r}")
     import importlib
 
-    found: object = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    found: object = home if home.__name__.endswith(f".{name}") else getattr(home, name)
     globals()[name] = found
     return found
 

@@ -12,14 +12,24 @@ from torch import Tensor
 
 from seekvl.engine.generate import generate
 from seekvl.engine.prefix import Prefix
-from seekvl.engine.request import Completion, FinishReason, Piece, Request, SamplingParams, Timings, Usage
+from seekvl.engine.request import (
+    Completion,
+    Constrain,
+    FinishReason,
+    Piece,
+    Request,
+    SamplingParams,
+    Timings,
+    Usage,
+)
 from seekvl.engine.score import Score, prompt_logits, score_continuations
-from seekvl.models.vl import VL, VLConfig
+from seekvl.models.vl2 import VL2, AnyConfig, AnyVL, VL2Config
 from seekvl.processing.conversation import Conversation, Message, Source, Text, parse_messages
 from seekvl.processing.encode import Processor
 from seekvl.processing.grounding import Box, parse_boxes
 from seekvl.processing.pad_image import Preprocessing
 from seekvl.processing.picture import open_picture
+from seekvl.processing.tile_image import TileImageConfig, visual_tokens
 from seekvl.processing.tokenizer import Tokenizer
 from seekvl.runtime import SeekVLError
 
@@ -54,6 +64,7 @@ def load(
     revision: str | None = None,
     preprocessing: Preprocessing = "seekvl",
     max_tokens: int | None = None,
+    max_tiles: int | None = None,
 ) -> "VLM":
     """Load the bundled seekvl-nano, a folder in the official or the transformers layout, or a hub id.
 
@@ -62,6 +73,8 @@ def load(
     preprocessing: "seekvl" (the official numerics, EXIF orientation applied, alpha on the pad colour),
     "official" (the reference bit for bit) or "transformers".
     max_tokens: most tokens of a prompt; None takes the length the checkpoint was trained with.
+    max_tiles: most tiles of a picture, for DeepSeek-VL2; None takes the checkpoint's rule, which tiles up to
+    two pictures of a conversation and sees more of them as a single tile each.
 
     Raises SeekVLError for what cannot be loaded, and for any `quantize`: this version has none.
     """
@@ -79,6 +92,7 @@ def load(
         preprocessing=preprocessing,
         revision=revision,
         max_tokens=max_tokens,
+        max_tiles=max_tiles,
     )
     return VLM(checkpoint.model, checkpoint.processor)
 
@@ -86,18 +100,16 @@ def load(
 class VLM:
     """A model that sees and answers; get one from `seekvl.load`, or wrap a model that is being trained."""
 
-    def __init__(self, model: VL, processor: Processor, *, prefill_chunk: int | None = None) -> None:
-        if processor.picture_tokens != model.config.visual_tokens:
-            raise SeekVLError(
-                f"the processor makes {processor.picture_tokens} slots a picture, the model "
-                f"{model.config.visual_tokens}; they belong to different checkpoints"
-            )
+    def __init__(self, model: AnyVL, processor: Processor, *, prefill_chunk: int | None = None) -> None:
+        _check_slots(model.config, processor)
         if prefill_chunk is not None and prefill_chunk < 1:
             raise SeekVLError(f"prefill_chunk must be at least 1 token, not {prefill_chunk}")
         self.model = model
         self.processor = processor
         self.prefill_chunk = prefill_chunk
-        """Most prompt tokens in one forward pass; None takes prompts whole. The answer is the same."""
+        """Most prompt tokens in one forward pass; None takes prompts whole where free memory allows. Answers
+        are the same.
+        """
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -105,7 +117,7 @@ class VLM:
         return self.processor.tokenizer
 
     @property
-    def config(self) -> VLConfig:
+    def config(self) -> AnyConfig:
         """The dimensions of the networks."""
         return self.model.config
 
@@ -131,6 +143,7 @@ class VLM:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Stop = None,
+        constrain: Constrain | None = None,
     ) -> Answer:
         """Answer a question about one picture or several, which stand in front of it; `[]` shows none."""
         return self.chat(
@@ -142,6 +155,7 @@ class VLM:
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
+            constrain=constrain,
         )
 
     def chat(
@@ -155,6 +169,7 @@ class VLM:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Stop = None,
+        constrain: Constrain | None = None,
         cancel: Cancel = None,
     ) -> Answer:
         """Answer a conversation; arguments as in `SamplingParams`. A last assistant message is continued.
@@ -170,6 +185,7 @@ class VLM:
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
+            constrain=constrain,
             cancel=cancel,
         )
         return _last_answer(pieces)
@@ -185,6 +201,7 @@ class VLM:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Stop = None,
+        constrain: Constrain | None = None,
         cancel: Cancel = None,
     ) -> Generator[Piece, None, None]:
         """Answer piece by piece: the texts, joined, equal `chat(...).text`.
@@ -201,6 +218,7 @@ class VLM:
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
+            constrain=constrain,
         )
         return self._stream(messages, params, prefix=None, cancel=cancel)
 
@@ -215,6 +233,7 @@ class VLM:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Stop = None,
+        constrain: Constrain | None = None,
         cancel: Cancel = None,
     ) -> list[Answer]:
         """Answer conversations together, each as `chat` would alone; all of them are checked before the first
@@ -234,6 +253,7 @@ class VLM:
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
+            constrain=constrain,
         )
         requests = []
         for index, messages in enumerate(conversations, start=1):
@@ -251,8 +271,8 @@ class VLM:
         """Score how likely each continuation is after the prompt; it is encoded as it stands, right after
         "Assistant:".
 
-        Answers in the template start with a space: give " A" to score the answer A as the model was taught to
-        write it.
+        Answers of DeepSeek-VL start with a space: give " A" to score the answer A as the model was taught to
+        write it. Those of DeepSeek-VL2 start without one.
         """
         if isinstance(continuations, str):
             raise SeekVLError("score takes a list of continuations, not a single string")
@@ -262,7 +282,7 @@ class VLM:
 
     def logits(self, messages: Messages) -> Tensor:
         """Return the logits f32[t, v] after each token of the prompt, on the CPU."""
-        return prompt_logits(self.model, self.processor(messages))
+        return prompt_logits(self.model, self.processor(messages), chunk=self.prefill_chunk)
 
     def session(self, *, system: str | None = None) -> "Session":
         """Start a conversation whose past stays in the cache."""
@@ -277,6 +297,7 @@ class VLM:
             inputs=inputs,
             params=params,
             strip=conversation.messages[-1].role == "user",
+            penalise_prompt=isinstance(self.model, VL2),
             preprocess_seconds=time.perf_counter() - began,
         )
 
@@ -350,6 +371,31 @@ class Session:
             if done is not None and done.finish_reason != "cancelled" and done.text.strip():
                 self.messages += (turn, Message("assistant", (Text(done.text),)))
             yield piece
+
+
+def _check_slots(config: AnyConfig, processor: Processor) -> None:
+    """Refuse a processor that counts other picture slots than the model makes rows."""
+    image = processor.image
+    if isinstance(config, VL2Config) and isinstance(image, TileImageConfig):
+        for grid in image.grids:
+            what = f"a picture of {grid[0]} x {grid[1]} tiles"
+            _require_equal(visual_tokens(grid, image), config.slots(grid), what=what)
+    elif isinstance(config, VL2Config) or isinstance(image, TileImageConfig):
+        raise SeekVLError(
+            f"the processor prepares pictures by {type(image).__name__}, the model is built from "
+            f"{type(config).__name__}; they belong to different checkpoints"
+        )
+    else:
+        _require_equal(processor.picture_tokens, config.visual_tokens, what="a picture")
+
+
+def _require_equal(counted: int, made: int, *, what: str) -> None:
+    """Refuse two counts of a picture's slots that differ."""
+    if counted != made:
+        raise SeekVLError(
+            f"the processor makes {counted} slots {what}, the model {made}; they belong to different "
+            "checkpoints"
+        )
 
 
 def user_message(question: str, images: Source | Sequence[Source] = ()) -> Message:

@@ -290,3 +290,50 @@ def test_half_precision_answers(vlm: seekvl.VLM) -> None:
     assert [len(answer.token_ids) for answer in half.batch(conversations, max_new_tokens=4)] == [4, 4, 4]
     close = half.logits(shown(PICTURE)) - vlm.logits(shown(PICTURE))
     assert close.abs().mean() < 0.05
+
+
+@pytest.fixture(scope="module")
+def tiled() -> seekvl.VLM:
+    return seekvl.load(GOLDEN / "vl2-base-like", device="cpu", dtype="float32")
+
+
+def test_a_tiled_family_answers_alike_in_every_way(tiled: seekvl.VLM) -> None:
+    conversations = [shown(PICTURE), "Hello", shown(PICTURE, OTHER)]
+    alone = [tiled.chat(messages, max_new_tokens=5) for messages in conversations]
+    together = tiled.batch(conversations, max_new_tokens=5)
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    assert "".join(piece.text for piece in tiled.stream(conversations[0], max_new_tokens=5)) == alone[0].text
+    logits = tiled.logits(conversations[2])
+    assert int(logits[-1].argmax()) == alone[2].token_ids[0]
+    first, second = alone[2].token_ids[:2]
+    words = tiled.tokenizer.decode([first, second])
+    (score,) = tiled.score(conversations[2], [words])
+    if tiled.tokenizer.encode(words) == [first, second]:
+        assert score.logprob <= float(logits[-1].log_softmax(-1)[first])
+    session = tiled.session()
+    asked = session.ask("What is this?", images=[PICTURE], params=SamplingParams(max_new_tokens=5))
+    assert asked.token_ids == alone[0].token_ids
+
+
+def test_max_tiles_bounds_what_a_picture_costs() -> None:
+    wide = GOLDEN / "images" / "wide_1024x300.png"
+    tokens = {}
+    for most in (None, 4, 1):
+        vlm = seekvl.load(GOLDEN / "vl2-base-like", device="cpu", dtype="float32", max_tiles=most)
+        tokens[most] = vlm.ask(wide, "What is it?", max_new_tokens=1).usage.image_tokens
+    assert tokens[None] > tokens[4] > tokens[1]
+    with pytest.raises(seekvl.SeekVLError, match="max_tiles"):
+        seekvl.load(GOLDEN / "vl2-base-like", device="cpu", max_tiles=0)
+    with pytest.raises(seekvl.SeekVLError, match="max_tiles"):
+        seekvl.load(GOLDEN / "vl1-siglip", device="cpu", max_tiles=4)
+
+
+def test_parts_of_two_families_do_not_fit(vlm: seekvl.VLM, tiled: seekvl.VLM) -> None:
+    with pytest.raises(seekvl.SeekVLError, match="prepares pictures by PadImageConfig"):
+        seekvl.VLM(tiled.model, vlm.processor)
+    with pytest.raises(seekvl.SeekVLError, match="prepares pictures by TileImageConfig"):
+        seekvl.VLM(vlm.model, tiled.processor)
+    image = replace(tiled.processor.image, downsample=3)
+    other = Processor(tiled.tokenizer, image, tiled.processor.template)
+    with pytest.raises(seekvl.SeekVLError, match=r"slots a picture of 1 x 1 tiles, the model 25"):
+        seekvl.VLM(tiled.model, other)

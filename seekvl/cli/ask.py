@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
 
 EXAMPLE = 'Example: seekvl ask picture.png "Where is the red star?" --draw answer.png'
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".svg": "SVG"}
 """What --draw can write."""
+
+Constrain = Literal["boxes", "box_first"]
+"""What --constrain may be; `seekvl.engine.request.Constrain`, without the time that importing it takes."""
 
 
 def ask(
@@ -36,6 +40,7 @@ def ask(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     preprocessing: options.Preprocessing = "seekvl",
+    max_tiles: options.MaxTiles = None,
     system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
@@ -48,14 +53,30 @@ def ask(
     draw: Annotated[
         Path | None,
         typer.Option(
-            metavar="OUT.png", dir_okay=False, help="Write the picture with the boxes of the answer here."
+            metavar="OUT.png",
+            dir_okay=False,
+            help="Write the picture with the boxes of the answer here; as OUT.svg, boxes and labels stay "
+            "elements that can be edited.",
+        ),
+    ] = None,
+    boxes_in: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="The boxes are in picture N, counted from 1, whatever the answer says."
+        ),
+    ] = None,
+    constrain: Annotated[
+        Constrain | None,
+        typer.Option(
+            help="boxes: the boxes of the answer are well-formed, whatever the model would say; box_first: "
+            "and it starts with one."
         ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print tokens and seconds on stderr.")] = False,
 ) -> None:
     """Answer a question about one picture, several, or none."""
     names = pictures or []
-    _check_call(names, question, draw=draw)
+    _check_call(names, question, draw=draw, boxes_in=boxes_in)
     from seekvl.engine.request import SamplingParams
 
     params = SamplingParams(
@@ -66,10 +87,15 @@ def ask(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop) if stop else None,
+        constrain=constrain,
     )
     opened = _open(names, preprocessing=preprocessing)
-    vlm = options.load_vlm(model, device=device, dtype=dtype, preprocessing=preprocessing)
+    vlm = options.load_vlm(
+        model, device=device, dtype=dtype, preprocessing=preprocessing, max_tiles=max_tiles
+    )
     answer = _answer(vlm, question, images=opened, params=params, system=system, show=not json)
+    if boxes_in is not None:
+        answer = replace(answer, boxes=[replace(box, image=boxes_in - 1) for box in answer.boxes])
     sizes = [picture.size for picture in opened]
     if json:
         typer.echo(answer_json(answer, sizes))
@@ -82,7 +108,7 @@ def ask(
         _draw(draw, answer.boxes, pictures=opened, names=names)
 
 
-def _check_call(names: Sequence[str], question: str, *, draw: Path | None) -> None:
+def _check_call(names: Sequence[str], question: str, *, draw: Path | None, boxes_in: int | None) -> None:
     """Refuse a wrong call before anything slow begins."""
     if not question.strip():
         raise typer.BadParameter("the question is empty", param_hint="QUESTION")
@@ -90,6 +116,10 @@ def _check_call(names: Sequence[str], question: str, *, draw: Path | None) -> No
         raise typer.BadParameter(f"{question!r} is a picture; the question comes last", param_hint="QUESTION")
     if names.count("-") > 1:
         raise typer.BadParameter("- was given twice; stdin holds one picture", param_hint="PICTURE")
+    if boxes_in is not None and boxes_in > len(names):
+        raise typer.BadParameter(
+            f"{boxes_in} is more than the {len(names)} given pictures", param_hint="--boxes-in"
+        )
     if draw is None:
         return
     if not names:
@@ -148,7 +178,7 @@ def _draw(
     path: Path, boxes: Sequence["Box"], *, pictures: Sequence["Image.Image"], names: Sequence[str]
 ) -> None:
     """Draw the boxes on the picture they belong to and write it, whole or not at all."""
-    from seekvl.processing.grounding import draw_boxes
+    from seekvl.processing.grounding import draw_boxes, svg_boxes
     from seekvl.runtime import SeekVLError, atomic_file
 
     if not boxes:
@@ -156,9 +186,13 @@ def _draw(
     numbers = {box.image for box in boxes}
     if len(numbers) > 1:
         raise SeekVLError(
-            f"the boxes lie in {len(numbers)} pictures and --draw writes one: nothing was drawn"
+            f"the boxes lie in {len(numbers)} pictures and --draw writes one: nothing was drawn; "
+            "--boxes-in says which"
         )
     number = numbers.pop()
     with atomic_file(path) as part:
-        draw_boxes(pictures[number], boxes).save(part, format=FORMATS[path.suffix.lower()])
+        if path.suffix.lower() == ".svg":
+            part.write_text(svg_boxes(pictures[number], boxes), encoding="utf-8")
+        else:
+            draw_boxes(pictures[number], boxes).save(part, format=FORMATS[path.suffix.lower()])
     typer.echo(f"drew {len(boxes)} box{'es' * (len(boxes) > 1)} of {names[number]} into {path}", err=True)

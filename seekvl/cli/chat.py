@@ -41,6 +41,7 @@ def chat(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     preprocessing: options.Preprocessing = "seekvl",
+    max_tiles: options.MaxTiles = None,
     system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
@@ -62,7 +63,9 @@ def chat(
         seed=seed,
         stop=tuple(stop) if stop else None,
     )
-    vlm = options.load_vlm(model, device=device, dtype=dtype, preprocessing=preprocessing)
+    vlm = options.load_vlm(
+        model, device=device, dtype=dtype, preprocessing=preprocessing, max_tiles=max_tiles
+    )
     talk = Talk(vlm, params=params, system=system)
     for line in _lines():
         if not talk.hear(line):
@@ -266,7 +269,7 @@ def _with_pixels(message: "Message", *, preprocessing: str) -> "Message":
     from seekvl.processing.picture import open_picture
 
     parts = tuple(
-        Picture(upright(open_picture(part.source), preprocessing=preprocessing))
+        replace(part, source=upright(open_picture(part.source), preprocessing=preprocessing))
         if isinstance(part, Picture)
         else part
         for part in message.parts

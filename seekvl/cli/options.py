@@ -27,6 +27,13 @@ Preprocessing = Annotated[
         "respected), official (the reference bit for bit), transformers."
     ),
 ]
+MaxTiles = Annotated[
+    int | None,
+    typer.Option(
+        help="Most tiles of a picture, for DeepSeek-VL2; by default its own rule, which tiles up to two "
+        "pictures and sees more of them as a single tile each."
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; more varies the answer.")]
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens with this probability in all.")]
@@ -55,9 +62,16 @@ def waiting_line(text: str) -> Iterator[None]:
             typer.echo("\r\033[K", err=True, nl=False)
 
 
-def load_vlm(model: str, *, device: str, dtype: str, preprocessing: Preprocessing = "seekvl") -> "VLM":
+def load_vlm(
+    model: str,
+    *,
+    device: str,
+    dtype: str,
+    preprocessing: Preprocessing = "seekvl",
+    max_tiles: int | None = None,
+) -> "VLM":
     """Load the model; a terminal is told while it lasts."""
     with waiting_line(f"loading {model}"):
         from seekvl.vlm import load
 
-        return load(model, device=device, dtype=dtype, preprocessing=preprocessing)
+        return load(model, device=device, dtype=dtype, preprocessing=preprocessing, max_tiles=max_tiles)

@@ -1,6 +1,7 @@
 """From encoded samples to one batch: rows padded on the right to a few fixed lengths, pictures in one stack.
 
-Letters: b rows, t tokens of the padded row, n pictures of the batch, S and s sides of a picture in px.
+Letters: b rows, t tokens of the padded row, n pictures of the batch, k tiles of them, S and s sides of a
+picture in px.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seekvl.processing.encode import ModelInput
+from seekvl.processing.tile_image import Grid, tile_count
 from seekvl.runtime import SeekVLError
 
 
@@ -26,11 +28,14 @@ class Batch:
     positions: Tensor
     """i64[b, t]: rotary positions, 0.. in every row."""
     pixels: Tensor | None
-    """f32[n, 3, S, S], the pictures of row 0, then those of row 1 and so on; None without pictures."""
+    """f32[n, 3, S, S], the pictures of row 0, then those of row 1 and so on; of DeepSeek-VL2 f32[k, 3, S, S],
+    their tiles, with no padding between; None without pictures."""
     low_pixels: Tensor | None
     """f32[n, 3, s, s] for the low-resolution tower where the processor made them."""
     normalized: bool
     """Whether the processor has normalised the pixels already."""
+    grids: tuple[Grid, ...] | None = None
+    """Columns and rows of local tiles of each picture; None where no sample has tiles."""
 
     def __len__(self) -> int:
         """Count the samples b."""
@@ -53,6 +58,7 @@ class Batch:
             pixels=None if self.pixels is None else move(self.pixels),
             low_pixels=None if self.low_pixels is None else move(self.low_pixels),
             normalized=self.normalized,
+            grids=self.grids,
         )
 
 
@@ -77,7 +83,8 @@ def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int
     """Stack samples encoded for training, padded to the smallest of `lengths` that holds the longest of them.
 
     Raises SeekVLError for no samples, a sample without loss weights or longer than every length, pictures of
-    different sizes, and pictures of which only some are normalised or carry a low-resolution copy.
+    different sizes, pictures of which only some are normalised, tiled or carry a low-resolution copy, and
+    tiles that are not as many as the grids say.
     """
     if not inputs:
         raise SeekVLError("a batch needs at least one sample")
@@ -107,6 +114,7 @@ def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int
         pixels=_stack([sample.pixels for sample in inputs], name="pixels"),
         low_pixels=_low_pixels(inputs),
         normalized=_normalized(inputs),
+        grids=_grids(inputs),
     )
 
 
@@ -132,6 +140,26 @@ def _low_pixels(inputs: Sequence[ModelInput]) -> Tensor | None:
             f"{carrying} of {len(with_pictures)} samples with pictures have low_pixels; use one processor"
         )
     return _stack([sample.low_pixels for sample in inputs], name="low_pixels")
+
+
+def _grids(inputs: Sequence[ModelInput]) -> tuple[Grid, ...] | None:
+    """Concatenate the grids of all samples, whose tiles they must count."""
+    with_pictures = [(row, sample) for row, sample in enumerate(inputs) if sample.pixels is not None]
+    tiled = sum(sample.grids is not None for _, sample in with_pictures)
+    if tiled not in (0, len(with_pictures)):
+        raise SeekVLError(
+            f"{tiled} of {len(with_pictures)} samples with pictures have grids; use one processor"
+        )
+    for row, sample in with_pictures:
+        if sample.grids is None or sample.pixels is None:
+            continue
+        tiles = sum(map(tile_count, sample.grids))
+        if tiles != len(sample.pixels):
+            raise SeekVLError(
+                f"sample {row} of the batch: its grids make {tiles} tiles, and it has {len(sample.pixels)}"
+            )
+    known = [sample.grids for sample in inputs if sample.grids is not None]
+    return tuple(grid for grids in known for grid in grids) if known else None
 
 
 def _normalized(inputs: Sequence[ModelInput]) -> bool:

@@ -4,7 +4,9 @@
     row 1   b b . . . . . .      length 2: a new token of row 1 goes to column 2
             `- capacity 8 -'
 
-Every row is appended at its own length, so prompts of different lengths need no padding tokens.
+Every row is appended at its own length, so prompts of different lengths need no padding tokens. What a
+network with latent attention keeps of a token stands in the same two places: the rotated key that all heads
+share where the keys are, the latent where the values are.
 
 Letters: b rows, n rows in use, t new tokens, s visible tokens, k key-value heads, e width of a head.
 """
@@ -12,6 +14,7 @@ Letters: b rows, n rows in use, t new tokens, s visible tokens, k key-value head
 import torch
 from torch import Tensor
 
+from seekvl.models.deepseek_v2 import DeepseekV2Config
 from seekvl.models.llama import LlamaConfig
 from seekvl.runtime import SeekVLError
 
@@ -25,16 +28,26 @@ class KVCache:
     interrupted one leaves no trace.
     """
 
-    def __init__(self, config: LlamaConfig, *, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig | DeepseekV2Config,
+        *,
+        rows: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         if rows < 1:
             raise SeekVLError(f"a cache needs at least 1 row, not {rows}")
         self.limit = config.max_positions
         self.lengths = [0] * rows
         self.capacity = 0
-        shape = (rows, config.kv_heads, 0, config.head_width)
+        (key_heads, key_width), (value_heads, value_width) = config.cache_shape
+        shapes = (rows, key_heads, 0, key_width), (rows, value_heads, 0, value_width)
         with torch.inference_mode(mode=False):  # ordinary tensors, which may be written to in any mode
-            self._keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-            self._values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+            self._keys, self._values = (
+                [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+                for shape in shapes
+            )
 
     @property
     def nbytes(self) -> int:

@@ -2,22 +2,25 @@
 
 Prompts are computed one at a time: each gives the same numbers alone and in a batch. Answers grow together.
 
-Letters: n rows or pictures, t tokens of a prompt, s slots of a picture, v vocabulary, d language width.
+Letters: n rows, t tokens of a prompt, s slots of a picture or of several, v vocabulary, d language width.
 """
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from seekvl.engine.budget import free_bytes, prefill_tokens, tower_tiles
 from seekvl.engine.cache import KVCache
-from seekvl.engine.prefix import Prefix, picture_digests
+from seekvl.engine.constrain import constraint_for
+from seekvl.engine.prefix import Prefix, picture_digests, picture_places, picture_tiles
 from seekvl.engine.reply import Reply
 from seekvl.engine.request import Completion, FinishReason, Piece, Request, Timings, Usage
 from seekvl.engine.sampler import Sampler, choose
 from seekvl.models.vl import VL
+from seekvl.models.vl2 import AnyVL
 from seekvl.processing.encode import ModelInput
 from seekvl.processing.tokenizer import Tokenizer
 from seekvl.runtime import SeekVLError
@@ -85,7 +88,7 @@ class Row:
 
 
 def generate(
-    model: VL,
+    model: AnyVL,
     tokenizer: Tokenizer,
     *,
     requests: Sequence[Request],
@@ -96,7 +99,8 @@ def generate(
     """Answer requests together; yield (index of the request, its next piece) until each had its last piece.
 
     prefix: the conversation so far, for a single request; shared tokens are not computed again.
-    chunk: most prompt tokens in one forward pass, to bound memory; None takes the prompt as a whole.
+    chunk: most prompt tokens in one forward pass, to bound memory; None takes the prompt as a whole where it
+    fits into free memory.
     cancel: asked before every step; True ends all answers as "cancelled". Closing the iterator stops as well,
     and both leave `prefix` as it is after the last whole step. An answer that reaches the model's longest
     sequence ends there, as "length".
@@ -111,7 +115,7 @@ def generate(
     return _run(model, rows, prefix=prefix, chunk=chunk, cancel=cancel)
 
 
-def _start(model: VL, tokenizer: Tokenizer, request: Request) -> Row:
+def _start(model: AnyVL, tokenizer: Tokenizer, request: Request) -> Row:
     """Make the row of a request, if it has room for an answer."""
     prompt, limit = len(request.inputs.input_ids), model.config.language.max_positions
     if prompt + 1 > limit:
@@ -120,17 +124,26 @@ def _start(model: VL, tokenizer: Tokenizer, request: Request) -> Row:
             "no room for an answer; shorten the prompt"
         )
     params = request.params
+    end_id = tokenizer.eos_id if request.end_id is None else request.end_id
+    room = min(params.max_new_tokens, limit - prompt)
+    constraint = constraint_for(params.constrain, tokenizer, end_id=end_id, room=room)
     return Row(
         request=request,
         reply=Reply(tokenizer.stream(), stops=params.stops, strip=request.strip),
-        sampler=Sampler(params=params),
-        end_id=tokenizer.eos_id if request.end_id is None else request.end_id,
-        room=min(params.max_new_tokens, limit - prompt),
+        sampler=Sampler(params=params, prompt=_counted(request), constraint=constraint),
+        end_id=end_id,
+        room=room,
     )
 
 
+def _counted(request: Request) -> frozenset[int]:
+    """Return the tokens of the prompt that the repetition penalty counts."""
+    counts = request.penalise_prompt and request.params.repetition_penalty != 1.0
+    return frozenset(request.inputs.input_ids.tolist()) if counts else frozenset()
+
+
 def _run(
-    model: VL,
+    model: AnyVL,
     rows: list[Row],
     *,
     prefix: Prefix | None,
@@ -187,7 +200,7 @@ def _count(rows: list[Row], active: list[int], seconds: float) -> None:
         rows[index].clock.decode += seconds
 
 
-def _new_cache(model: VL, *, rows: int) -> KVCache:
+def _new_cache(model: AnyVL, *, rows: int) -> KVCache:
     """Make an empty cache beside the model's weights."""
     weight = model.language.embed_tokens.weight
     return KVCache(model.config.language, rows=rows, device=weight.device, dtype=weight.dtype)
@@ -195,7 +208,7 @@ def _new_cache(model: VL, *, rows: int) -> KVCache:
 
 @torch.inference_mode()
 def prefill(
-    model: VL,
+    model: AnyVL,
     inputs: ModelInput,
     *,
     cache: KVCache,
@@ -209,25 +222,46 @@ def prefill(
     Only the last position goes through the head. `seen`: see `embed_prompt`.
     """
     clock = Clock() if clock is None else clock
-    start, total = cache.lengths[row], len(inputs.input_ids)
+    start = cache.lengths[row]
     embeds = embed_prompt(model, inputs, start=start, clock=clock, seen=seen)  # 1 t d
     began = time.perf_counter()
-    cache.reserve(total)
-    view, size = cache.row(row), total - start if chunk is None else chunk
     hidden = embeds
-    for begin in range(start, total, size):
-        part = embeds[:, begin - start : begin - start + size]
-        positions = torch.arange(begin, begin + part.shape[1], device=part.device).unsqueeze(0)
-        hidden = model.hidden(part, positions=positions, mask=view.mask(part.shape[1]), cache=view)
-        view.advance(part.shape[1])
+    for part in prefill_hidden(model, embeds, cache=cache, row=row, chunk=chunk):
+        hidden = part
     logits = model.head(hidden[0, -1]).float()
     _wait(logits)
     clock.prefill += time.perf_counter() - began
     return logits
 
 
+def prefill_hidden(
+    model: AnyVL, embeds: Tensor, *, cache: KVCache, row: int, chunk: int | None = None
+) -> Iterator[Tensor]:
+    """Feed embeddings f[1, t, d] to a row of the cache, piece by piece; yield each piece's hidden states.
+
+    The cache stays where it is; a piece sees what stands before it there.
+    """
+    start = cache.lengths[row]
+    total = start + embeds.shape[1]
+    cache.reserve(total)
+    if chunk is None:
+        chunk = prefill_tokens(
+            model.config.language,
+            total=total,
+            itemsize=embeds.element_size(),
+            free=free_bytes(embeds.device),
+        )
+    view = cache.row(row)
+    for begin in range(start, total, chunk):
+        part = embeds[:, begin - start : begin - start + chunk]
+        positions = torch.arange(begin, begin + part.shape[1], device=part.device).unsqueeze(0)
+        hidden = model.hidden(part, positions=positions, mask=view.mask(part.shape[1]), cache=view)
+        view.advance(part.shape[1])
+        yield hidden
+
+
 @torch.inference_mode()
-def step(model: VL, tokens: Sequence[int], *, cache: KVCache) -> Tensor:
+def step(model: AnyVL, tokens: Sequence[int], *, cache: KVCache) -> Tensor:
     """Feed one token of each of the first n rows; return the logits f32[n, v] of the next."""
     n = len(tokens)
     cache.reserve(max(cache.lengths[:n]) + 1)
@@ -241,7 +275,7 @@ def step(model: VL, tokens: Sequence[int], *, cache: KVCache) -> Tensor:
 
 @torch.inference_mode()
 def embed_prompt(
-    model: VL,
+    model: AnyVL,
     inputs: ModelInput,
     *,
     start: int = 0,
@@ -258,10 +292,10 @@ def embed_prompt(
     ids = inputs.input_ids[None, start:].to(weight.device)
     mask = inputs.image_mask[None, start:].to(weight.device)
     features = None
-    done = int(inputs.image_mask[:start].sum()) // model.config.visual_tokens
-    if inputs.pixels is not None and done < len(inputs.pixels):
+    done = sum(end <= start for _, end in picture_places(inputs))
+    if done < len(inputs.bill.image_tokens):
         began = time.perf_counter()
-        features = _encode_pictures(model, inputs, first=done, seen=seen)  # n s d
+        features = _encode_pictures(model, inputs, first=done, seen=seen)  # s d
         _wait(features)
         if clock is not None:
             clock.vision += time.perf_counter() - began
@@ -269,24 +303,34 @@ def embed_prompt(
 
 
 def _encode_pictures(
-    model: VL, inputs: ModelInput, *, first: int, seen: dict[bytes, Tensor] | None
+    model: AnyVL, inputs: ModelInput, *, first: int, seen: dict[bytes, Tensor] | None
 ) -> Tensor:
-    """Return the rows f[n, s, d] of the pictures from `first` on."""
-    weight = model.language.embed_tokens.weight
-    assert inputs.pixels is not None
-    digests = [b""] * len(inputs.pixels) if seen is None else picture_digests(inputs)
+    """Return the rows f[s, d] of the pictures from `first` on, one after the other."""
+    places = picture_tiles(inputs)
+    digests = [b""] * len(places) if seen is None else picture_digests(inputs)
     rows = []
-    for index in range(first, len(inputs.pixels)):
+    for index in range(first, len(places)):
         features = None if seen is None else seen.get(digests[index])
         if features is None:
-            pixels = inputs.pixels[index : index + 1].to(weight.device, weight.dtype)
-            low = None if inputs.low_pixels is None else inputs.low_pixels[index : index + 1]
-            low = None if low is None else low.to(weight.device, weight.dtype)
-            features = model.encode_pictures(pixels, low_pixels=low, normalized=inputs.normalized)
+            features = _encode_picture(model, inputs, index=index, tiles=places[index])
         if seen is not None:
             seen[digests[index]] = features
         rows.append(features)
     return torch.cat(rows)
+
+
+def _encode_picture(model: AnyVL, inputs: ModelInput, *, index: int, tiles: slice) -> Tensor:
+    """Return the rows f[s, d] of one picture."""
+    weight = model.language.embed_tokens.weight
+    assert inputs.pixels is not None
+    pixels = inputs.pixels[tiles].to(weight.device, weight.dtype)
+    if isinstance(model, VL):
+        low = None if inputs.low_pixels is None else inputs.low_pixels[tiles]
+        low = None if low is None else low.to(weight.device, weight.dtype)
+        return model.encode_pictures(pixels, low_pixels=low, normalized=inputs.normalized)[0]
+    assert inputs.grids is not None
+    chunk = tower_tiles(model.config.vision, itemsize=weight.element_size(), free=free_bytes(weight.device))
+    return model.encode_pictures(pixels, grids=[inputs.grids[index]], chunk=chunk)
 
 
 def _wait(tensor: Tensor) -> None:

@@ -6,21 +6,20 @@ turn 2   BOS system User: [picture] q1  Assistant:  a1 EOS User: q2  Assistant:
 """
 
 import hashlib
-
-from torch import Tensor
+from itertools import accumulate
 
 from seekvl.engine.cache import KVCache
-from seekvl.models.vl import VL
+from seekvl.models.vl2 import AnyVL
 from seekvl.processing.encode import ModelInput
+from seekvl.processing.tile_image import tile_count
 
 
 class Prefix:
     """A cache of one row, with the tokens and pictures it was filled from."""
 
-    def __init__(self, model: VL) -> None:
+    def __init__(self, model: AnyVL) -> None:
         weight = model.language.embed_tokens.weight
         self.cache = KVCache(model.config.language, rows=1, device=weight.device, dtype=weight.dtype)
-        self._slots = model.config.visual_tokens
         self._ids: list[int] = []
         self._pictures: list[bytes] = []
 
@@ -37,10 +36,9 @@ class Prefix:
             if old != new:
                 break
             shared += 1
-        starts = inputs.image_mask.nonzero().flatten().tolist()[:: self._slots]
-        for index, start in enumerate(starts):
+        for index, (start, end) in enumerate(picture_places(inputs)):
             equal = index < len(self._pictures) and self._pictures[index] == pictures[index]
-            if start < shared and not (equal and shared >= start + self._slots):
+            if start < shared and not (equal and shared >= end):
                 shared = start
         self.cache.truncate(0, shared)
         self._ids, self._pictures = ids, pictures
@@ -56,17 +54,32 @@ class Prefix:
         self._ids, self._pictures = [], []
 
 
-def picture_digests(inputs: ModelInput) -> list[bytes]:
-    """Return a fingerprint of each picture's pixels."""
+def picture_places(inputs: ModelInput) -> list[tuple[int, int]]:
+    """Return the first token of each picture and the one behind its last."""
+    slots = inputs.image_mask.nonzero().flatten().tolist()
+    ends = list(accumulate(inputs.bill.image_tokens))
+    starts = [end - size for end, size in zip(ends, inputs.bill.image_tokens, strict=True)]
+    return [(slots[start], slots[end - 1] + 1) for start, end in zip(starts, ends, strict=True)]
+
+
+def picture_tiles(inputs: ModelInput) -> list[slice]:
+    """Return where each picture's tiles lie along the first axis of the pixels; without grids one each."""
     if inputs.pixels is None:
         return []
-    lows = [None] * len(inputs.pixels) if inputs.low_pixels is None else list(inputs.low_pixels)
-    return [_digest(high, low) for high, low in zip(inputs.pixels, lows, strict=True)]
+    counts = [1] * len(inputs.pixels) if inputs.grids is None else [tile_count(grid) for grid in inputs.grids]
+    ends = list(accumulate(counts))
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
-def _digest(high: Tensor, low: Tensor | None) -> bytes:
-    """Fingerprint the pixels of one picture."""
-    state = hashlib.blake2b(high.numpy().tobytes(), digest_size=16)
-    if low is not None:
-        state.update(low.numpy().tobytes())
-    return state.digest()
+def picture_digests(inputs: ModelInput) -> list[bytes]:
+    """Return a fingerprint of each picture: its pixels, over all its tiles, and its grid."""
+    digests = []
+    for index, tiles in enumerate(picture_tiles(inputs)):
+        assert inputs.pixels is not None
+        state = hashlib.blake2b(inputs.pixels[tiles].numpy().tobytes(), digest_size=16)
+        if inputs.low_pixels is not None:
+            state.update(inputs.low_pixels[tiles].numpy().tobytes())
+        if inputs.grids is not None:
+            state.update(repr(inputs.grids[index]).encode())
+        digests.append(state.digest())
+    return digests

@@ -8,6 +8,7 @@ from seekvl.processing.encode import ModelInput
 from seekvl.runtime import SeekVLError
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Constrain = Literal["boxes", "box_first"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +26,20 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens already generated, at temperature 0 too.
 
-    Tokens of the prompt do not count: the reference feeds embeddings, so its generation never sees their ids.
+    Tokens of the prompt do not count in DeepSeek-VL, whose reference feeds embeddings and never sees their
+    ids; in DeepSeek-VL2 they do, see `Request.penalise_prompt`.
     """
     seed: int | None = None
     """Makes draws repeatable; None: fresh ones each time."""
     stop: str | tuple[str, ...] | None = None
     """The answer ends before the first of these strings in its text."""
+    constrain: Constrain | None = None
+    """"boxes": the grounding of the answer is well-formed, whatever the model would say; "box_first": and the
+    answer starts with a box. None: no constraint.
+
+    Only tokens with text are offered then. Cancelled answers may end inside of a box, no others; numbers of
+    boxes are exempt from the repetition penalty.
+    """
 
     def __post_init__(self) -> None:
         _whole("max_new_tokens", self.max_new_tokens, least=1)
@@ -54,6 +63,10 @@ class SamplingParams:
         for text in self.stops:
             if not isinstance(text, str) or not text:
                 raise SeekVLError(f"stop holds {text!r}; each stop string needs at least one letter")
+        if self.constrain not in (None, "boxes", "box_first"):
+            raise SeekVLError(f"constrain is {self.constrain!r}; use 'boxes', 'box_first' or None")
+        if self.constrain is not None and self.stops:
+            raise SeekVLError("a stop string may cut a box in two: use constrain or stop, not both")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -71,7 +84,7 @@ class SamplingParams:
     @property
     def plain_greedy(self) -> bool:
         """Whether the next token is simply the one with the largest logit."""
-        return self.temperature == 0 and self.repetition_penalty == 1.0
+        return self.temperature == 0 and self.repetition_penalty == 1.0 and self.constrain is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +99,10 @@ class Request:
     """Whether whitespace at the start of the answer is left out of its text.
 
     Prompts end in "Assistant:", so answers begin with a space. False where the prompt ends inside an answer.
+    """
+    penalise_prompt: bool = False
+    """Whether the repetition penalty counts the tokens of the prompt too, the image token among them, as the
+    reference does for DeepSeek-VL2.
     """
     preprocess_seconds: float = 0.0
     """What making `inputs` took."""

@@ -1,19 +1,21 @@
 """Choosing the next token from its logits.
 
-The order is that of the reference's generation: repetition penalty, temperature, top-k, top-p, draw. Output
-rows beyond the vocabulary are not excluded, as they are not there; published models never rate them highest,
-and they decode to nothing.
+The order is that of the reference's generation: repetition penalty, temperature, top-k, top-p, draw; a
+constraint, which the reference does not know, comes after the penalty. Output rows beyond the vocabulary are
+not excluded without one, as they are not there; published models never rate them highest, and they decode to
+nothing.
 
-Letters: n rows, v vocabulary, m tokens generated so far.
+Letters: n rows, v vocabulary, m tokens seen so far.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from seekvl.engine.constrain import Constraint
 from seekvl.engine.request import SamplingParams
 from seekvl.runtime import SeekVLError, torch_generator
 
@@ -23,7 +25,11 @@ class Sampler:
     """The state of choosing for one answer: what was generated, and its own source of randomness."""
 
     params: SamplingParams
+    prompt: frozenset[int] = frozenset()
+    """Tokens of the prompt that the repetition penalty counts."""
     generated: list[int] = field(default_factory=list)
+    constraint: Constraint | None = None
+    """What the answer may say; None: anything."""
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,11 +61,22 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 def choose_one(logits: Tensor, sampler: Sampler) -> int:
     """Choose the next token from logits f32[v]."""
-    params = sampler.params
-    scores = penalise(logits, sampler.generated, penalty=params.repetition_penalty)
-    if params.temperature == 0:
+    params, constraint, scores = sampler.params, sampler.constraint, logits
+    if constraint is None or not constraint.in_list:
+        seen = sampler.prompt.union(sampler.generated)
+        scores = penalise(logits, seen, penalty=params.repetition_penalty)
+    if constraint is None:
+        return _draw(scores, sampler)
+    token = _draw(constraint.narrow(scores), sampler)
+    constraint.take(token)
+    return token
+
+
+def _draw(scores: Tensor, sampler: Sampler) -> int:
+    """Take the likeliest token of f[v], or draw one."""
+    if sampler.params.temperature == 0:
         return int(scores.argmax())
-    probabilities = distribution(scores, params)
+    probabilities = distribution(scores, sampler.params)
     return int(torch.multinomial(probabilities.cpu(), 1, generator=sampler.generator))
 
 
@@ -76,14 +93,14 @@ def distribution(scores: Tensor, params: SamplingParams) -> Tensor:
     return scores.softmax(-1)
 
 
-def penalise(logits: Tensor, generated: Sequence[int], *, penalty: float) -> Tensor:
-    """Make tokens i64[m] that were generated before less likely (above 1) or more so (below 1), each once."""
-    if penalty == 1.0 or not generated:
+def penalise(logits: Tensor, seen: Collection[int], *, penalty: float) -> Tensor:
+    """Make the m tokens that were seen before less likely (above 1) or more so (below 1), each once."""
+    if penalty == 1.0 or not seen:
         return logits
-    seen = torch.tensor(sorted(set(generated)), device=logits.device)
+    index = torch.tensor(sorted(set(seen)), device=logits.device)
     scores = logits.clone()
-    picked = scores[seen]
-    scores[seen] = torch.where(picked < 0, picked * penalty, picked / penalty)
+    picked = scores[index]
+    scores[index] = torch.where(picked < 0, picked * penalty, picked / penalty)
     return scores
 
 

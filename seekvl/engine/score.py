@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from seekvl.engine.cache import KVCache
-from seekvl.engine.generate import embed_prompt, prefill
-from seekvl.models.vl import VL
+from seekvl.engine.generate import embed_prompt, prefill, prefill_hidden
+from seekvl.models.vl2 import AnyVL
 from seekvl.processing.encode import ModelInput
 from seekvl.runtime import SeekVLError
 
@@ -40,7 +40,7 @@ class Score:
 
 @torch.inference_mode()
 def score_continuations(
-    model: VL, inputs: ModelInput, *, continuations: Sequence[Sequence[int]], chunk: int | None = None
+    model: AnyVL, inputs: ModelInput, *, continuations: Sequence[Sequence[int]], chunk: int | None = None
 ) -> list[Score]:
     """Score each continuation, given as token ids, after one prompt; the prompt is computed once.
 
@@ -61,7 +61,7 @@ def score_continuations(
     return [_score(model, first, ids, cache=cache, prompt=prompt) for ids in continuations]
 
 
-def _score(model: VL, first: Tensor, ids: Sequence[int], *, cache: KVCache, prompt: int) -> Score:
+def _score(model: AnyVL, first: Tensor, ids: Sequence[int], *, cache: KVCache, prompt: int) -> Score:
     """Score one continuation after the prompt in the cache, and leave the cache as it was."""
     target = torch.tensor(ids, device=first.device)  # c
     total = first.log_softmax(-1)[target[0]].double()
@@ -83,15 +83,20 @@ def _score(model: VL, first: Tensor, ids: Sequence[int], *, cache: KVCache, prom
 
 
 @torch.inference_mode()
-def prompt_logits(model: VL, inputs: ModelInput) -> Tensor:
-    """Return the logits f32[t, v] after each token of a prompt, on the CPU."""
+def prompt_logits(model: AnyVL, inputs: ModelInput, *, chunk: int | None = None) -> Tensor:
+    """Return the logits f32[t, v] after each token of a prompt, on the CPU; chunk as in `generate`."""
     length, limit = len(inputs.input_ids), model.config.language.max_positions
     if length > limit:
         raise SeekVLError(
             f"the prompt takes {length:,} tokens, the model's longest sequence is {limit:,}; shorten it"
         )
-    hidden = model.hidden(embed_prompt(model, inputs))[0]  # t d
+    weight = model.language.embed_tokens.weight
+    cache = KVCache(model.config.language, rows=1, device=weight.device, dtype=weight.dtype)
     logits = torch.empty(length, model.config.language.vocab_size)
-    for begin in range(0, length, HEAD_ROWS):
-        logits[begin : begin + HEAD_ROWS] = model.head(hidden[begin : begin + HEAD_ROWS])
+    done = 0
+    for hidden in prefill_hidden(model, embed_prompt(model, inputs), cache=cache, row=0, chunk=chunk):
+        for begin in range(0, hidden.shape[1], HEAD_ROWS):
+            rows = model.head(hidden[0, begin : begin + HEAD_ROWS])  # t v
+            logits[done : done + len(rows)] = rows
+            done += len(rows)
     return logits

@@ -5,35 +5,89 @@ Letters: t tokens, n pictures, c width, m MLP width. A multiply-add counts as tw
 
 import math
 
+from seekvl.models.adaptor import POOLING_SIDE, AdaptorConfig
+from seekvl.models.deepseek_v2 import DeepseekV2Config
 from seekvl.models.hybrid import HybridConfig
 from seekvl.models.llama import LlamaConfig
+from seekvl.models.mla import MlaConfig
+from seekvl.models.moe import MoeConfig
 from seekvl.models.sam import SamConfig
 from seekvl.models.siglip import SiglipConfig
-from seekvl.models.vl import VLConfig, on_meta
+from seekvl.models.vl2 import AnyConfig, on_meta
 
 
-def parameters(config: VLConfig) -> dict[str, int]:
-    """Return the number of parameters of each part: vision, adaptor, language."""
-    return {
-        name: sum(p.numel() for p in part.parameters()) for name, part in on_meta(config).named_children()
-    }
+def parameters(config: AnyConfig) -> dict[str, int]:
+    """Return the number of parameters of each part: vision, adaptor, language, and in VL2 the two marks of
+    the picture layout.
+    """
+    model = on_meta(config)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    marks = sum(p.numel() for p in model.parameters(recurse=False))
+    return parts | {"marks": marks} if marks else parts
 
 
-def cache_bytes_per_token(config: LlamaConfig, *, bytes_per_number: int = 2) -> int:
-    """Return the bytes that keys and values of one token take over all layers."""
-    return 2 * config.layers * config.kv_heads * config.head_width * bytes_per_number
+def active_parameters(config: LlamaConfig | DeepseekV2Config) -> int:
+    """Return the parameters of the decoder that work on one token: all but the embedding, the norms and the
+    experts that are not chosen.
+    """
+    return (
+        config.layers * _attention_matrices(config) + _mlp_matrices(config) + config.width * config.vocab_size
+    )
 
 
-def language_flops(config: LlamaConfig, *, tokens: int, past: int = 0, heads_out: int = 1) -> int:
+def cache_bytes_per_token(config: LlamaConfig | DeepseekV2Config, *, bytes_per_number: int = 2) -> int:
+    """Return the bytes that one token takes in the cache over all layers."""
+    return config.layers * sum(heads * width for heads, width in config.cache_shape) * bytes_per_number
+
+
+def language_flops(
+    config: LlamaConfig | DeepseekV2Config, *, tokens: int, past: int = 0, heads_out: int = 1
+) -> int:
     """Return the operations of one forward of `tokens` new tokens after `past` cached ones.
 
     `heads_out` positions pass the head: 1 in prefill and decoding, all supervised ones in training.
     """
-    c, kv = config.width, config.kv_heads * config.head_width
-    matrices = config.layers * (2 * c * c + 2 * c * kv + 3 * c * config.mlp_width)
+    matrices = config.layers * _attention_matrices(config) + _mlp_matrices(config)
     visible = tokens * past + tokens * (tokens + 1) // 2
-    attention = config.layers * 2 * config.heads * config.head_width * visible
-    return 2 * (matrices * tokens + attention + heads_out * c * config.vocab_size)
+    pair, latent = 2 * config.heads * config.head_width, 0
+    if isinstance(config, DeepseekV2Config) and config.mla is not None:
+        mla, h = config.mla, config.heads
+        if tokens == 1:
+            pair = h * (2 * mla.kv_rank + mla.rope_width)
+        else:
+            pair = h * (mla.query_width + mla.value_width)
+            latent = past * _latent_matrix(config.mla, heads=h)
+    attention = config.layers * (pair * visible + latent)
+    return 2 * (matrices * tokens + attention + heads_out * config.width * config.vocab_size)
+
+
+def _attention_matrices(config: LlamaConfig | DeepseekV2Config) -> int:
+    """Numbers in the matrices of one layer's attention."""
+    c, h = config.width, config.heads
+    if isinstance(config, DeepseekV2Config) and config.mla is not None:
+        mla = config.mla
+        own = c * (h * mla.query_width + mla.kv_rank + mla.rope_width + h * mla.value_width)
+        return own + _latent_matrix(mla, heads=h)
+    return 2 * c * c + 2 * c * config.kv_heads * config.head_width
+
+
+def _latent_matrix(mla: MlaConfig, *, heads: int) -> int:
+    """Numbers in the matrix from latent to keys and values, which prefill takes to every cached token."""
+    return mla.kv_rank * heads * (mla.nope_width + mla.value_width)
+
+
+def _mlp_matrices(config: LlamaConfig | DeepseekV2Config) -> int:
+    """Numbers that one token meets in the SwiGLUs and experts of all layers."""
+    dense = 3 * config.width * config.mlp_width
+    if not isinstance(config, DeepseekV2Config) or config.moe is None:
+        return config.layers * dense
+    sparse = sum(config.has_experts(layer) for layer in range(config.layers))
+    return (config.layers - sparse) * dense + sparse * _moe_matrices(config.moe, width=config.width)
+
+
+def _moe_matrices(moe: MoeConfig, *, width: int) -> int:
+    """Numbers that one token meets in router, chosen and shared experts of one layer."""
+    return moe.experts * width + 3 * (moe.active + moe.shared) * moe.width * width
 
 
 def siglip_flops(config: SiglipConfig, *, pictures: int = 1) -> int:
@@ -62,14 +116,26 @@ def sam_flops(config: SamConfig, *, pictures: int = 1) -> int:
     return 2 * pictures * (total + 2 * (neck + down))
 
 
-def vision_flops(config: VLConfig, *, pictures: int = 1) -> int:
-    """Return the operations of towers and adaptor for `pictures` pictures."""
-    vision, adaptor = config.vision, config.adaptor
+def adaptor_flops(config: AdaptorConfig, *, grid: int) -> int:
+    """Return the operations of the adaptor for one picture or tile of grid x grid features."""
+    c, d, rows = config.input_width, config.width, config.out_grid(grid) ** 2
+    total = POOLING_SIDE**2 * c * c * (grid // POOLING_SIDE) ** 2 if config.token_pooling else 0
+    if config.kind == "identity":
+        return 2 * total
+    if config.kind == "downsample_mlp_gelu":
+        hidden = d * config.mlp_ratio
+        row = c * config.downsample**2 * hidden + (config.depth - 2) * hidden**2 + hidden * d
+    else:
+        row = c * d + (config.depth - 1) * d * d * (config.kind != "linear")
+    return 2 * (total + rows * row)
+
+
+def vision_flops(config: AnyConfig, *, pictures: int = 1) -> int:
+    """Return the operations of towers and adaptor for `pictures` pictures, or tiles of VL2."""
+    vision = config.vision
     if isinstance(vision, HybridConfig):
         towers = sam_flops(vision.high, pictures=pictures) + siglip_flops(vision.low, pictures=pictures)
-        entry = adaptor.input_width * adaptor.width
+        grid = vision.low.grid
     else:
-        towers = siglip_flops(vision, pictures=pictures)
-        entry = adaptor.input_width * adaptor.width
-    rows = config.visual_tokens * pictures
-    return towers + 2 * rows * (entry + (adaptor.depth - 1) * adaptor.width**2)
+        towers, grid = siglip_flops(vision, pictures=pictures), vision.grid
+    return towers + pictures * adaptor_flops(config.adaptor, grid=grid)

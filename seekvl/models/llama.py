@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from seekvl.runtime import SeekVLError
 
+CacheShape = tuple[tuple[int, int], tuple[int, int]]
+"""(heads, width) of what stands in the place of the keys, and of what stands in that of the values."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LlamaConfig:
@@ -51,13 +54,18 @@ class LlamaConfig:
         """Channels e of one head."""
         return self.width // self.heads
 
+    @property
+    def cache_shape(self) -> CacheShape:
+        """What a layer caches of one token: keys and values of each key-value head."""
+        return (self.kv_heads, self.head_width), (self.kv_heads, self.head_width)
+
 
 class LayerCache(Protocol):
     """Where a layer puts the keys and values of new tokens and finds those of all visible ones."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store f[b, k, t, e] of the new tokens; return f[b, k, s, e] of every visible token, the new ones
-        last.
+        last. The two may differ in k and e, see `cache_shape` of the config.
         """
         ...
 
@@ -111,14 +119,14 @@ class RmsNorm(nn.Module):
 class Attention(nn.Module):
     """Causal attention with rotary positions."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, width: int, *, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads = config.heads, config.kv_heads
-        kv_width = config.kv_heads * config.head_width
-        self.q_proj = nn.Linear(config.width, config.width, bias=False)
-        self.k_proj = nn.Linear(config.width, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.width, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+        self.heads, self.kv_heads = heads, kv_heads
+        kv_width = kv_heads * (width // heads)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
         self,
@@ -151,11 +159,11 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.gate_proj = nn.Linear(width, mlp_width, bias=False)
+        self.up_proj = nn.Linear(width, mlp_width, bias=False)
+        self.down_proj = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position of x[..., d] alone."""
@@ -174,9 +182,9 @@ class Layer(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.attn_norm = RmsNorm(config.width, eps=config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config.width, heads=config.heads, kv_heads=config.kv_heads)
         self.mlp_norm = RmsNorm(config.width, eps=config.norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config.width, config.mlp_width)
 
     def forward(
         self,

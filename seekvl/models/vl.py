@@ -53,6 +53,24 @@ class VLConfig:
         return tower.grid**2
 
 
+def splice(embeds: Tensor, *, image_mask: Tensor | None, image_features: Tensor | None) -> Tensor:
+    """Return f[b, t, d] with picture rows f[..., d] in the slots bool[b, t], in order.
+
+    Raises SeekVLError when slots and rows differ in number.
+    """
+    features = None if image_features is None else image_features.flatten(0, -2)  # rows d
+    slots = 0 if image_mask is None else int(image_mask.sum())
+    rows = 0 if features is None else len(features)
+    if slots != rows:
+        raise SeekVLError(
+            f"{slots} picture slots in the tokens, but {rows} feature rows from the vision towers"
+        )
+    if image_mask is None or features is None or slots == 0:
+        return embeds
+    index = image_mask.flatten().nonzero().squeeze(1)
+    return embeds.flatten(0, 1).index_copy(0, index, features.to(embeds.dtype)).view_as(embeds)
+
+
 class VL(nn.Module):
     """The whole network, single device."""
 
@@ -84,23 +102,9 @@ class VL(nn.Module):
     def embed(
         self, input_ids: Tensor, *, image_mask: Tensor | None = None, image_features: Tensor | None = None
     ) -> Tensor:
-        """Return embeddings f[b, t, d] of i64[b, t], with picture rows f[n, s, d] in the slots bool[b, t], in
-        order.
-
-        Raises SeekVLError when slots and rows differ in number.
-        """
+        """Return embeddings f[b, t, d] of i64[b, t] with picture rows in their slots, see `splice`."""
         embeds: Tensor = self.language.embed_tokens(input_ids)
-        slots = 0 if image_mask is None else int(image_mask.sum())
-        rows = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        if slots != rows:
-            raise SeekVLError(
-                f"{slots} picture slots in the tokens, but {rows} feature rows from the vision towers"
-            )
-        if image_mask is None or image_features is None or slots == 0:
-            return embeds
-        index = image_mask.flatten().nonzero().squeeze(1)
-        flat = embeds.flatten(0, 1).index_copy(0, index, image_features.flatten(0, 1).to(embeds.dtype))
-        return flat.view_as(embeds)
+        return splice(embeds, image_mask=image_mask, image_features=image_features)
 
     def hidden(
         self,
@@ -138,7 +142,7 @@ class VL(nn.Module):
         return self.head(self.hidden(embeds, positions=positions, mask=mask))
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Skips the initialisation of new parameters: on the meta device it changes nothing, yet its first call
     makes torch import its compiler, which takes a second and 100 MB.
     """
@@ -158,5 +162,5 @@ class _Unfilled(TorchFunctionMode):
 
 def on_meta(config: VLConfig) -> VL:
     """Build the network without memory: every parameter has a shape and a dtype, none has numbers yet."""
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), Unfilled():
         return VL(config)

@@ -1,7 +1,7 @@
 """What is said and shown: a conversation, and every form in which users hand one over."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -11,6 +11,8 @@ from seekvl.runtime import SeekVLError
 
 Role = Literal["system", "user", "assistant"]
 Source: TypeAlias = str | Path | bytes | Image.Image
+Detail = Literal["auto", "low", "high"]
+DETAILS: tuple[Detail, ...] = ("auto", "low", "high")
 
 PLAIN_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 OFFICIAL_ROLES: dict[str, Role] = {
@@ -37,9 +39,20 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture that is not opened yet: a path, an http(s) or data: URL, encoded bytes, or a PIL image."""
+    """A picture that is not opened yet: a path, an http(s) or data: URL, encoded bytes, or a PIL image.
+
+    Raises SeekVLError for an unknown detail.
+    """
 
     source: Source
+    detail: Detail = "auto"
+    """How closely DeepSeek-VL2 looks: "low" takes a single tile, "high" tiles however many pictures there
+    are, "auto" follows the rule of the checkpoint. DeepSeek-VL sees every picture alike.
+    """
+
+    def __post_init__(self) -> None:
+        if self.detail not in DETAILS:
+            raise SeekVLError(f"the detail of a picture is 'auto', 'low' or 'high', not {self.detail!r}")
 
 
 Part: TypeAlias = Text | Picture
@@ -119,7 +132,9 @@ def parse_messages(messages: Sequence[Mapping[str, object]] | Conversation | str
     space. A string with an `"images"` list has them in front. The official form (roles User and Assistant, or
     <|User|> and <|Assistant|>) has `<image_placeholder>` or `<image>` where its pictures stand, or none and
     the pictures in front; a last assistant message without content asks for the answer, as leaving it out
-    does.
+    does. DeepSeek-VL2 takes plain roles for official ones: a string with an `"images"` list and as many
+    `<image>` has them there. An image part, or the mapping of an `image_url`, may say
+    `"detail": "auto" | "low" | "high"`.
 
     Raises SeekVLError naming the message and what is wrong with it.
 
@@ -183,6 +198,8 @@ def _read_message(message: object, *, place: str) -> Message:
             return Message(
                 known, _split_placeholders(content, pictures, place=place, role=role), control=True
             )
+        if pictures and content.count(SHORT_PLACEHOLDER) == len(pictures):
+            return Message(PLAIN_ROLES[role], _interleave(content.split(SHORT_PLACEHOLDER), pictures))
         return Message(PLAIN_ROLES[role], (*pictures, Text(content)))
     if isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
         if pictures:
@@ -210,7 +227,7 @@ def _split_placeholders(
     """Put pictures where the text of an official message has placeholders, or in front if it has none.
 
     `<image>` is DeepSeek-VL2's tag: it counts where the longer one is absent and pictures or that role call
-    for it.
+    for it. Under that role pictures in front end their line, as in the prompts the model has learnt.
     """
     tag = PLACEHOLDER
     if PLACEHOLDER not in text and (pictures or role.startswith("<|")):
@@ -218,12 +235,19 @@ def _split_placeholders(
     stretches = text.split(tag)
     found = len(stretches) - 1
     if found == 0:
+        if role.startswith("<|") and pictures:
+            return _interleave(["", *["\n"] * (len(pictures) - 1), f"\n{text}"], pictures)
         return (*pictures, Text(text))
     if found != len(pictures):
         raise SeekVLError(
             f"{place} has {found} {tag} in its text but {len(pictures)} pictures: "
             "give one picture for each placeholder"
         )
+    return _interleave(stretches, pictures)
+
+
+def _interleave(stretches: Sequence[str], pictures: Sequence[Picture]) -> tuple[Part, ...]:
+    """Put the pictures between stretches of text, one more than there are pictures."""
     parts: list[Part] = [Text(stretches[0])]
     for picture, stretch in zip(pictures, stretches[1:], strict=True):
         parts += [picture, Text(stretch)]
@@ -246,17 +270,27 @@ def _read_part(part: object, *, place: str) -> Part:
     if not isinstance(kind, str) or kind not in PICTURE_KEYS:
         raise SeekVLError(f"{place} has the unknown type {kind!r}: use 'text', 'image' or 'image_url'")
     keys = PICTURE_KEYS[kind]
-    _refuse_unknown(part, {"type", *keys}, place=place)
+    _refuse_unknown(part, {"type", "detail", *keys} if kind == "image" else {"type", *keys}, place=place)
     given = [key for key in keys if key in part]
     if len(given) != 1:
         raise SeekVLError(
             f"{place} of type {kind!r} needs exactly one of {', '.join(keys)}, and has {len(given)}"
         )
-    source = part[given[0]]
+    source, detail = part[given[0]], part.get("detail", "auto")
     if kind == "image_url" and isinstance(source, Mapping):
         _refuse_unknown(source, {"url", "detail"}, place=place)
+        detail = source.get("detail", "auto")
         source = source.get("url")
-    return _picture(source, place=place)
+    picture = _picture(source, place=place)
+    return picture if detail == "auto" else replace(picture, detail=_detail(detail, place=place))
+
+
+def _detail(value: object, *, place: str) -> Detail:
+    """Read how closely a picture is looked at."""
+    for known in DETAILS:
+        if value == known:
+            return known
+    raise SeekVLError(f"{place} has the detail {value!r}: use {', '.join(map(repr, DETAILS))}")
 
 
 def _picture(source: object, *, place: str) -> Picture:

@@ -1,25 +1,31 @@
 """A conversation as the numbers a network is fed, and the bill of its tokens.
 
-Letters: t tokens, n pictures, S side of a picture in px, s side of the low-resolution picture in px.
+Letters: t tokens, n pictures, k tiles of all pictures, S side of a picture or tile in px, s side of the
+low-resolution picture in px.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from seekvl.processing import pad_image, tile_image
 from seekvl.processing.conversation import Conversation, Picture, Source, parse_messages
-from seekvl.processing.pad_image import (
-    PadImageConfig,
-    PreparedPicture,
-    Preprocessing,
-    check_mode,
-    prepare_picture,
-    visual_tokens,
-)
+from seekvl.processing.pad_image import PadImageConfig, Preprocessing, check_mode, prepare_picture, upright
 from seekvl.processing.picture import DEFAULT_LIMITS, PictureLimits, open_picture
 from seekvl.processing.template import Piece, Template, prompt_text, render
+from seekvl.processing.tile_image import (
+    WHOLE,
+    Grid,
+    TileImageConfig,
+    check_max_tiles,
+    check_tile_mode,
+    plan_grid,
+    prepare_tiles,
+)
 from seekvl.processing.tokenizer import Tokenizer
 from seekvl.runtime import SeekVLError
 
@@ -47,7 +53,8 @@ class ModelInput:
     image_mask: Tensor
     """bool[t]: True at the slots of pictures."""
     pixels: Tensor | None
-    """f32[n, 3, S, S] in order of appearance; None without pictures."""
+    """f32[n, 3, S, S] in order of appearance; of DeepSeek-VL2 f32[k, 3, S, S], the tiles of one picture after
+    those of the other; None without pictures."""
     low_pixels: Tensor | None
     """f32[n, 3, s, s] where preprocessing makes them; else None."""
     normalized: bool
@@ -60,11 +67,29 @@ class ModelInput:
     """The prompt in letters, each picture as its placeholder."""
     bill: TokenBill
     """What it costs."""
+    grids: tuple[Grid, ...] | None = None
+    """Columns and rows of local tiles of each picture; None in DeepSeek-VL, which has no tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One picture, prepared."""
+
+    pixels: Tensor
+    """f32[1, 3, S, S]; tiled, f32[k, 3, S, S]."""
+    low_pixels: Tensor | None
+    """f32[1, 3, s, s] where preprocessing makes it."""
+    normalized: bool
+    """Whether the pixels are already (x - mean) / std."""
+    size: tuple[int, int]
+    """Width and height of the original in px, as oriented."""
+    grid: Grid
+    """Columns and rows of its local tiles."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """A prompt as ids, before its pictures are opened."""
+    """A prompt as ids."""
 
     ids: list[int]
     slots: list[bool]
@@ -74,17 +99,23 @@ class _Tokens:
 class Processor:
     """Turns conversations into model input, for one checkpoint.
 
-    Raises SeekVLError for an unknown preprocessing mode and for a limit that leaves no room.
+    A prompt longer than `max_tokens` is refused with its bill, never cut. Pictures of DeepSeek-VL2 take more
+    tokens the more tiles they have; `max_tiles` bounds columns x rows of each, and takes the place of the
+    rule that three pictures or more are not tiled. A picture's `detail` does for it alone.
+
+    Raises SeekVLError for an unknown preprocessing mode, for limits that leave no room, and for a vocabulary
+    without the speakers of the template.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        image: PadImageConfig,
+        image: PadImageConfig | TileImageConfig,
         template: Template,
         *,
         preprocessing: Preprocessing = "seekvl",
         max_tokens: int = 4096,
+        max_tiles: int | None = None,
         limits: PictureLimits = DEFAULT_LIMITS,
     ) -> None:
         if max_tokens < 1:
@@ -93,13 +124,18 @@ class Processor:
         self.image = image
         self.template = template
         self.preprocessing = check_mode(preprocessing)
+        _check_family(image, preprocessing, max_tiles)
+        _check_speakers(tokenizer, template)
         self.max_tokens = max_tokens
+        self.max_tiles = max_tiles
         self.limits = limits
 
     @property
     def picture_tokens(self) -> int:
-        """The tokens a picture takes."""
-        return visual_tokens(self.image)
+        """The tokens a picture takes; where pictures are tiled, the least: those of a single tile."""
+        if isinstance(self.image, PadImageConfig):
+            return pad_image.visual_tokens(self.image)
+        return tile_image.visual_tokens(WHOLE, self.image)
 
     def __call__(self, messages: Sequence[Mapping[str, object]] | Conversation | str) -> ModelInput:
         """Encode a conversation in any accepted form, ready to be answered."""
@@ -149,59 +185,100 @@ class Processor:
         return self._model_input(pieces, [Picture(source) for source in pictures], train=train)
 
     def tokens(self, messages: Sequence[Mapping[str, object]] | Conversation | str) -> TokenBill:
-        """Count what a conversation costs, without opening its pictures and without a limit."""
+        """Count what a conversation costs, without a limit; pictures are opened only where size decides."""
         conversation = parse_messages(messages)
-        return self._bill(
-            self._tokens(render(conversation, template=self.template)), len(conversation.pictures)
-        )
+        slots = self._count(conversation.pictures)
+        return self._bill(self._tokens(render(conversation, template=self.template), slots=slots), slots)
 
     def _model_input(
         self, pieces: Sequence[Piece], pictures: Sequence[Picture], *, train: bool
     ) -> ModelInput:
-        """Encode pieces, check the bill before anything is opened, then prepare the pictures."""
-        tokens = self._tokens(pieces)
-        bill = self._bill(tokens, len(pictures))
+        """Encode pieces, check the least bill before anything is opened, prepare pictures, check the bill."""
+        slots = [self.picture_tokens] * len(pictures)
+        tokens = self._tokens(pieces, slots=slots)
+        bill = self._bill(tokens, slots)
         if bill.total > bill.limit:
-            raise SeekVLError(_over_limit(bill))
-        prepared = [self._prepare(picture, number=i) for i, picture in enumerate(pictures, start=1)]
-        lows = [picture.low_pixels for picture in prepared if picture.low_pixels is not None]
+            raise SeekVLError(_over_limit(bill, least=isinstance(self.image, TileImageConfig)))
+        seen = [
+            self._prepare(picture, number=number, pictures=len(pictures))
+            for number, picture in enumerate(pictures, start=1)
+        ]
+        grids = None
+        if isinstance(self.image, TileImageConfig):
+            grids = tuple(picture.grid for picture in seen)
+            slots = [tile_image.visual_tokens(grid, self.image) for grid in grids]
+            tokens = self._tokens(pieces, slots=slots)
+            bill = self._bill(tokens, slots)
+            if bill.total > bill.limit:
+                room = bill.limit - bill.text_tokens
+                fitting = _fitting([picture.size for picture in seen], pictures, config=self.image, room=room)
+                raise SeekVLError(_over_limit(bill, grids=grids, fitting=fitting))
         return ModelInput(
             input_ids=torch.tensor(tokens.ids, dtype=torch.int64),
             image_mask=torch.tensor(tokens.slots, dtype=torch.bool),
-            pixels=_stack([picture.pixels for picture in prepared]),
-            low_pixels=_stack(lows),
-            normalized=prepared[0].normalized if prepared else False,
+            pixels=_join([picture.pixels for picture in seen]),
+            low_pixels=_join([picture.low_pixels for picture in seen if picture.low_pixels is not None]),
+            normalized=seen[0].normalized if seen else False,
             loss_weights=torch.tensor(tokens.weights, dtype=torch.float32) if train else None,
-            picture_sizes=tuple(picture.size for picture in prepared),
+            picture_sizes=tuple(picture.size for picture in seen),
             prompt=prompt_text(pieces),
             bill=bill,
+            grids=grids,
         )
 
-    def _prepare(self, picture: Picture, *, number: int) -> PreparedPicture:
-        """Open and prepare one picture; errors name its number."""
-        try:
+    def _prepare(self, picture: Picture, *, number: int, pictures: int) -> _Seen:
+        """Open and prepare one of so many pictures; errors name its number."""
+        with _naming(number):
             image = open_picture(picture.source, limits=self.limits)
-        except SeekVLError as error:
-            raise SeekVLError(f"picture {number}: {error}") from error
-        return prepare_picture(image, self.image, mode=self.preprocessing)
+            if isinstance(self.image, TileImageConfig):
+                image, grid = self._plan(image, picture, pictures=pictures, config=self.image)
+                tiles = prepare_tiles(image, self.image, grid=grid, mode=self.preprocessing)
+                return _Seen(tiles.pixels, None, True, tiles.size, grid)
+        padded = prepare_picture(image, self.image, mode=self.preprocessing)
+        low = None if padded.low_pixels is None else padded.low_pixels[None]
+        return _Seen(padded.pixels[None], low, padded.normalized, padded.size, WHOLE)
 
-    def _bill(self, tokens: _Tokens, pictures: int) -> TokenBill:
+    def _count(self, pictures: Sequence[Picture]) -> list[int]:
+        """Count the slots each picture takes."""
+        if isinstance(self.image, PadImageConfig):
+            return [self.picture_tokens] * len(pictures)
+        slots = []
+        for number, picture in enumerate(pictures, start=1):
+            with _naming(number):
+                image = open_picture(picture.source, limits=self.limits)
+                _, grid = self._plan(image, picture, pictures=len(pictures), config=self.image)
+            slots.append(tile_image.visual_tokens(grid, self.image))
+        return slots
+
+    def _plan(
+        self, image: Image.Image, picture: Picture, *, pictures: int, config: TileImageConfig
+    ) -> tuple[Image.Image, Grid]:
+        """Turn one of so many pictures upright where the mode does, and pick its grid."""
+        if self.preprocessing != "official":
+            image = upright(image)
+        return image, plan_grid(
+            image.size, config, detail=picture.detail, pictures=pictures, max_tiles=self.max_tiles
+        )
+
+    def _bill(self, tokens: _Tokens, slots: Sequence[int]) -> TokenBill:
         """Add up the tokens."""
-        each = (self.picture_tokens,) * pictures
-        total = len(tokens.ids)
+        total, each = len(tokens.ids), tuple(slots)
         return TokenBill(text_tokens=total - sum(each), image_tokens=each, total=total, limit=self.max_tokens)
 
-    def _tokens(self, pieces: Sequence[Piece]) -> _Tokens:
+    def _tokens(self, pieces: Sequence[Piece], *, slots: Sequence[int]) -> _Tokens:
         """Encode pieces, each stretch of words between control tokens as one string, as the reference does.
 
         Cutting a stretch anywhere else would change its tokens: " There" is a word, " " and "There" are two.
+        `slots`: how many each picture takes, in order.
         """
         result = _Tokens([self.tokenizer.bos_id], [False], [0.0])
         stretch: list[tuple[str, bool]] = []
+        counts = iter(slots)
         for piece in pieces:
-            if piece.picture:
+            if piece.picture or piece.printed_only:
                 self._add_words(result, stretch)
-                self._add(result, self.tokenizer.image_id, count=self.picture_tokens, slot=True)
+                if piece.picture:
+                    self._add(result, self.tokenizer.image_id, count=next(counts), slot=True)
                 continue
             for segment in self.tokenizer.split(piece.text) if piece.control else [piece.text]:
                 if isinstance(segment, str):
@@ -243,20 +320,80 @@ class Processor:
         result.weights.extend([weight] * count)
 
 
-def _stack(pictures: Sequence[Tensor]) -> Tensor | None:
-    """Stack f32[3, S, S] to f32[n, 3, S, S]; a single one is not copied."""
+def _join(pictures: Sequence[Tensor]) -> Tensor | None:
+    """Join the pixels of pictures along their first axis; those of a single one are not copied."""
     if not pictures:
         return None
-    return torch.stack(list(pictures)) if len(pictures) > 1 else pictures[0].unsqueeze(0)
+    return torch.cat(list(pictures)) if len(pictures) > 1 else pictures[0]
 
 
-def _over_limit(bill: TokenBill) -> str:
-    """Say what a prompt costs that costs too much."""
-    pictures = ""
-    if bill.image_tokens:
-        number, each = len(bill.image_tokens), bill.image_tokens[0]
-        pictures = f" + {sum(bill.image_tokens):,} picture tokens ({number} x {each:,})"
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Say in front of an error which picture is at fault."""
+    try:
+        yield
+    except SeekVLError as error:
+        raise SeekVLError(f"picture {number}: {error}") from error
+
+
+def _fitting(
+    sizes: Sequence[tuple[int, int]], pictures: Sequence[Picture], *, config: TileImageConfig, room: int
+) -> int | None:
+    """Find the largest `max_tiles` with which pictures of these sizes take at most `room` slots, if any."""
+    for bound in range(max(columns * rows for columns, rows in config.grids), 0, -1):
+        grids = [
+            plan_grid(size, config, detail=picture.detail, pictures=len(sizes), max_tiles=bound)
+            for size, picture in zip(sizes, pictures, strict=True)
+        ]
+        if sum(tile_image.visual_tokens(grid, config) for grid in grids) <= room:
+            return bound
+    return None
+
+
+def _check_family(
+    image: PadImageConfig | TileImageConfig, preprocessing: Preprocessing, max_tiles: int | None
+) -> None:
+    """Refuse what the other family of checkpoints has."""
+    if isinstance(image, TileImageConfig):
+        check_max_tiles(max_tiles)
+        check_tile_mode(preprocessing)
+    elif max_tiles is not None:
+        raise SeekVLError(
+            f"max_tiles={max_tiles} bounds the tiles of DeepSeek-VL2, and this checkpoint makes none: "
+            "leave it out"
+        )
+
+
+def _check_speakers(tokenizer: Tokenizer, template: Template) -> None:
+    """Refuse a vocabulary in which the speakers of a template with role tokens would be mere letters."""
+    for name in (template.user, template.assistant) if template.role_tokens else ():
+        if tokenizer.split(name) != [tokenizer.token_id(name)]:
+            raise SeekVLError(
+                f"the vocabulary has no special token {name!r}, which the template puts in front of a turn"
+            )
+
+
+def _over_limit(
+    bill: TokenBill, *, grids: Sequence[Grid] | None = None, fitting: int | None = None, least: bool = False
+) -> str:
+    """Say what a prompt costs that costs too much, and what would help.
+
+    grids: of its pictures, where they are tiled. fitting: the `max_tiles` with which it would be let through.
+    least: whether the bill counts the least its pictures can take.
+    """
+    at_least = "at least " if least and bill.image_tokens else ""
+    pictures, remedy = "", "show fewer pictures, or raise max_tokens"
+    if grids:
+        each = zip(grids, bill.image_tokens, strict=True)
+        listed = ", ".join(f"{columns}x{rows} tiles: {slots:,}" for (columns, rows), slots in each)
+        pictures = f" + {sum(bill.image_tokens):,} picture tokens ({listed})"
+        remedy = "show fewer pictures, give them detail 'low', or raise max_tokens"
+        if fitting is not None:
+            remedy = f"set max_tiles={fitting} (then it fits), {remedy}"
+    elif bill.image_tokens:
+        number, slots = len(bill.image_tokens), bill.image_tokens[0]
+        pictures = f" + {sum(bill.image_tokens):,} picture tokens ({number} x {slots:,})"
     return (
-        f"the prompt takes {bill.total:,} tokens ({bill.text_tokens:,} text tokens{pictures}), more than "
-        f"the limit of {bill.limit:,}; shorten the text, show fewer pictures, or raise max_tokens"
+        f"the prompt takes {at_least}{bill.total:,} tokens ({bill.text_tokens:,} text tokens{pictures}), "
+        f"more than the limit of {bill.limit:,}; shorten the text, {remedy}"
     )

@@ -62,7 +62,7 @@ class PadImageConfig:
         if self.low_size is not None and self.low_size < 1:
             raise SeekVLError(f"PadImageConfig.low_size must be at least 1 px, not {self.low_size}")
         for name in ("mean", "std", "low_mean", "low_std", "background"):
-            _check_colour(name, getattr(self, name))
+            check_colour(f"PadImageConfig.{name}", getattr(self, name))
         if not self.rescale_factor > 0:
             raise SeekVLError(f"PadImageConfig.rescale_factor must be above 0, not {self.rescale_factor}")
 
@@ -75,16 +75,17 @@ class PadImageConfig:
         return red, green, blue
 
 
-def _check_colour(name: str, value: tuple[float, ...] | None) -> None:
-    """Refuse a field of PadImageConfig that is no triple, a deviation of 0, or a colour beyond bytes."""
-    if name == "background" and value is None:
+def check_colour(name: str, value: tuple[float, ...] | None) -> None:
+    """Refuse a field of a config that is no triple, a deviation of 0, or a background beyond bytes."""
+    background = name.endswith(".background")
+    if background and value is None:
         return
     if not isinstance(value, tuple) or len(value) != 3:
-        raise SeekVLError(f"PadImageConfig.{name} must be a tuple of 3 numbers, not {value!r}")
+        raise SeekVLError(f"{name} must be a tuple of 3 numbers, not {value!r}")
     if name.endswith("std") and min(value) <= 0:
-        raise SeekVLError(f"PadImageConfig.{name} must be above 0 in each channel, not {value!r}")
-    if name == "background" and not all(isinstance(part, int) and 0 <= part <= 255 for part in value):
-        raise SeekVLError(f"PadImageConfig.background must be 3 whole numbers from 0 to 255, not {value!r}")
+        raise SeekVLError(f"{name} must be above 0 in each channel, not {value!r}")
+    if background and not all(isinstance(part, int) and 0 <= part <= 255 for part in value):
+        raise SeekVLError(f"{name} must be 3 whole numbers from 0 to 255, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +171,7 @@ def prepare_picture(image: Image.Image, config: PadImageConfig, *, mode: Preproc
     if mode != "official":
         image = upright(image)
     size = image.size
-    square = _padded(_rgb(image, config, mode=mode), config, mode=mode)
+    square = _padded(to_rgb(image, backdrop=config.pad_colour, mode=mode), config, mode=mode)
     if mode != "transformers":
         pixels = _numbers(
             square, config.rescale_factor, config.mean, config.std, normalize=config.do_normalize
@@ -198,15 +199,15 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image, config: PadImageConfig, *, mode: Preprocessing) -> Image.Image:
-    """Convert to RGB, with transparent parts on the padding colour in mode "seekvl"."""
+def to_rgb(image: Image.Image, *, backdrop: tuple[int, int, int], mode: Preprocessing) -> Image.Image:
+    """Convert to RGB, with transparent parts on the colour of the backdrop in mode "seekvl"."""
     if mode != "seekvl" or not image.has_transparency_data:
         return image.convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
     image = image.convert("RGBA")
-    backdrop = Image.new("RGBA", image.size, (*config.pad_colour, 255))
-    return Image.alpha_composite(backdrop, image).convert("RGB")
+    behind = Image.new("RGBA", image.size, (*backdrop, 255))
+    return Image.alpha_composite(behind, image).convert("RGB")
 
 
 def _padded(image: Image.Image, config: PadImageConfig, *, mode: Preprocessing) -> Image.Image:
@@ -221,13 +222,20 @@ def _padded(image: Image.Image, config: PadImageConfig, *, mode: Preprocessing) 
 
 
 def _numbers(square: Image.Image, rescale: float, mean: Colour, std: Colour, *, normalize: bool) -> Tensor:
-    """Look bytes up in their 256 float values: f32[3, S, S], the reference's numbers for a copy's cost."""
-    table = _table(rescale, mean, std, normalize)
-    channels = np.asarray(square).transpose(2, 0, 1)
-    pixels = np.empty(channels.shape, dtype=np.float32)
-    for values, channel, out in zip(table, channels, pixels, strict=True):
-        np.take(values, channel, out=out, mode="clip")  # "clip" skips a buffer; a byte cannot leave the table
+    """Turn a square into f32[3, S, S]."""
+    values = np.asarray(square)
+    pixels = np.empty((3, *values.shape[:2]), dtype=np.float32)
+    look_up(values, _table(rescale, mean, std, normalize), out=pixels)
     return torch.from_numpy(pixels)
+
+
+def look_up(picture: np.ndarray, table: np.ndarray, *, out: np.ndarray) -> None:
+    """Look bytes u8[S, S, 3] up in their 256 float values f32[3, 256], into f32[3, S, S].
+
+    The numbers are the reference's, for the cost of a copy.
+    """
+    for values, channel, plane in zip(table, picture.transpose(2, 0, 1), out, strict=True):
+        np.take(values, channel, out=plane, mode="clip")  # "clip" skips a buffer; bytes stay in the table
 
 
 @lru_cache(maxsize=32)

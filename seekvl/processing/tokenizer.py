@@ -7,12 +7,12 @@ of DeepSeek-VL2 are words of the vocabulary, so they are recognised wherever the
 import codecs
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from tokenizers import Encoding
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from seekvl.runtime import SeekVLError
@@ -21,6 +21,12 @@ BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 IMAGE = "<image_placeholder>"
 GROUNDING_MARKS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+
+VL2_PAD = "<｜▁pad▁｜>"
+VL2_IMAGE = "<image>"
+VL2_ROLES = ("<|User|>", "<|Assistant|>")
+VL2_ADDED = (VL2_PAD, VL2_IMAGE, *GROUNDING_MARKS, *VL2_ROLES)
+"""What the processor of DeepSeek-VL2 appends to a vocabulary that lacks it, in this order."""
 
 Segment: TypeAlias = str | int
 
@@ -68,9 +74,19 @@ class Tokenizer:
 
     @classmethod
     def from_file(
-        cls, path: str | Path, *, bos: str = BOS, eos: str = EOS, image: str = IMAGE, pad: str | None = None
+        cls,
+        path: str | Path,
+        *,
+        bos: str = BOS,
+        eos: str = EOS,
+        image: str = IMAGE,
+        pad: str | None = None,
+        added: Sequence[str] = (),
     ) -> "Tokenizer":
         """Read a `tokenizer.json`; ids of the named specials are looked up, never assumed. No pad: EOS pads.
+
+        `added`: specials that are appended in this order where the file lacks them, their ids after the
+        highest of the file.
 
         Raises SeekVLError when the file is missing, is no tokenizer, is not byte-level, or lacks a named
         special.
@@ -80,7 +96,7 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise SeekVLError(f"tokenizer {path}: cannot be read ({error})") from error
         try:
-            return cls(_load(text), bos=bos, eos=eos, image=image, pad=pad)
+            return cls(_load(text, added=added), bos=bos, eos=eos, image=image, pad=pad)
         except SeekVLError as error:
             raise SeekVLError(f"tokenizer {path}: {error}") from error
 
@@ -181,13 +197,15 @@ class TextStream:
         return rest
 
 
-def _load(text: str) -> Backend:
+def _load(text: str, *, added: Sequence[str]) -> Backend:
     """Build the backend, with grounding marks as ordinary added tokens, which are always recognised."""
     try:
         content = json.loads(text)
-        decoder, added = content["decoder"], content["added_tokens"]
-        for token in added:
-            token["special"] = token["special"] and token["content"] not in GROUNDING_MARKS
+        decoder, stored = content["decoder"], content["added_tokens"]
+        for token in stored:
+            special = token["special"] or token["content"] in added
+            token["special"] = special and token["content"] not in GROUNDING_MARKS
+        missing = [name for name in added if name not in {token["content"] for token in stored}]
         backend: Backend = Backend.from_buffer(json.dumps(content).encode())
     except (ValueError, KeyError, TypeError) as error:
         raise SeekVLError(
@@ -196,4 +214,8 @@ def _load(text: str) -> Backend:
     parts = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
     if [part.get("type") for part in parts] != ["ByteLevel"]:
         raise SeekVLError("its decoder is not ByteLevel, the only kind these checkpoints use")
+    for name in missing:  # one by one: the order decides the ids
+        special = name not in GROUNDING_MARKS
+        append = backend.add_special_tokens if special else backend.add_tokens
+        append([AddedToken(name, normalized=False, special=special)])
     return backend

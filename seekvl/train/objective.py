@@ -1,6 +1,6 @@
 """What learning minimises: cross entropy of the next token where tokens count (2403.05525, sec. 3.2).
 
-Letters: b rows, t tokens, r supervised tokens of the batch, d width.
+Letters: b rows, t tokens, r supervised tokens of the batch, n pictures, s slots, d width.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from seekvl.data.collate import Batch
 from seekvl.models.vl import VL
+from seekvl.models.vl2 import AnyVL
+from seekvl.runtime import SeekVLError
 
 ROW_STEP = 64
 """Supervised rows are filled up to a multiple of this, so that the head meets few shapes."""
@@ -29,7 +31,7 @@ class Loss(NamedTuple):
         return self.total / torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
 
 
-def next_token_loss(model: VL, batch: Batch) -> Loss:
+def next_token_loss(model: AnyVL, batch: Batch) -> Loss:
     """Return the weighted cross entropy of every token given those before it.
 
     The weight belongs to the *predicted* token, hence the shift by one:
@@ -40,11 +42,7 @@ def next_token_loss(model: VL, batch: Batch) -> Loss:
 
     Only hidden states that predict a weighted token pass through the head.
     """
-    features = None
-    if batch.pixels is not None:
-        features = model.encode_pictures(
-            batch.pixels, low_pixels=batch.low_pixels, normalized=batch.normalized
-        )
+    features = picture_features(model, batch)
     embeds = model.embed(batch.input_ids, image_mask=batch.image_mask, image_features=features)
     hidden = model.hidden(embeds, positions=batch.positions)  # b t d
     weights = batch.loss_weights[:, 1:].flatten()
@@ -55,3 +53,20 @@ def next_token_loss(model: VL, batch: Batch) -> Loss:
     targets = F.pad(batch.input_ids[:, 1:].flatten()[rows], (0, fill))
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
     return Loss(total=(losses * F.pad(weights[rows], (0, fill))).sum(), weight=weights.sum())
+
+
+def picture_features(model: AnyVL, batch: Batch) -> Tensor | None:
+    """Return the rows of a batch's pictures, f[n, s, d] of n pictures alike or f[s, d] of tiled ones; None
+    without pictures.
+
+    Raises SeekVLError for pictures prepared for the other family.
+    """
+    if batch.pixels is None:
+        return None
+    if isinstance(model, VL) != (batch.grids is None):
+        how = "one stack of pictures" if batch.grids is None else "tiles"
+        raise SeekVLError(f"the batch holds {how}, which {type(model).__name__} does not take")
+    if isinstance(model, VL):
+        return model.encode_pictures(batch.pixels, low_pixels=batch.low_pixels, normalized=batch.normalized)
+    assert batch.grids is not None
+    return model.encode_pictures(batch.pixels, grids=batch.grids)

@@ -1,9 +1,9 @@
-"""A checkpoint folder's config files, of either layout, as one config.
+"""A checkpoint folder's config files, of either family and layout, as one config.
 
 Pixels must be normalised exactly once. The official files say it in two places, the processor
 (`do_normalize`) and the towers (`pixel_mean`), and only one of them may. The transformers files always
 normalise in the processor; here the towers do it instead, so that every preprocessing mode fits every
-checkpoint.
+checkpoint. In DeepSeek-VL2 the processor does, always.
 """
 
 import math
@@ -15,26 +15,32 @@ import torch
 
 from seekvl.models.hybrid import HybridConfig
 from seekvl.models.vl import VLConfig
+from seekvl.models.vl2 import AnyConfig
 from seekvl.presets import TRAINED_TOKENS
 from seekvl.processing.pad_image import PadImageConfig, visual_tokens
-from seekvl.processing.template import DEFAULT_SYSTEM, Template
-from seekvl.processing.tokenizer import BOS, EOS, IMAGE
+from seekvl.processing.template import DEEPSEEK_VL2, DEFAULT_SYSTEM, Template
+from seekvl.processing.tile_image import TileImageConfig
+from seekvl.processing.tokenizer import BOS, EOS, GROUNDING_MARKS, IMAGE, VL2_IMAGE, VL2_PAD
 from seekvl.runtime import DTYPES, SeekVLError
 from seekvl.weights.official_config import read_official
+from seekvl.weights.official_vl2_config import PROCESSOR_IGNORED, read_tiling, read_vl2
 from seekvl.weights.section import Section
 from seekvl.weights.transformers_config import Norm, read_transformers, with_norm
 
 Layout = Literal["official", "transformers"]
 
+VL2 = "deepseek_vl_v2"
+"""model_type of DeepSeek-VL2, and of DeepSeek-OCR, which is refused by its tower."""
+
 LAYOUTS: dict[str, Layout] = {
     "multi_modality": "official",
+    VL2: "official",
     "deepseek_vl": "transformers",
     "deepseek_vl_hybrid": "transformers",
 }
 """model_type -> layout."""
 
 OTHERS = {
-    "deepseek_vl_v2": "DeepSeek-VL2, which this version of seekvl does not build yet",
     "deepseekocr": "DeepSeek-OCR: use its own repository",
     "deepseek_ocr": "DeepSeek-OCR: use its own repository",
     "janus": "Janus, which generates pictures too: use transformers",
@@ -56,14 +62,20 @@ class SpecialTokens:
     image: str = IMAGE
     pad: str | None = None
     """None: the end token pads, as in the reference."""
+    added: tuple[str, ...] = ()
+    """Given to a tokenizer that lacks them, in this order, as the processor of DeepSeek-VL2 does."""
+
+
+VL2_TOKENS = SpecialTokens(image=VL2_IMAGE, pad=VL2_PAD)
+"""The control tokens of DeepSeek-VL2 where its files name no others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """Everything a checkpoint folder says besides its numbers."""
 
-    model: VLConfig
-    image: PadImageConfig
+    model: AnyConfig
+    image: PadImageConfig | TileImageConfig
     template: Template
     specials: SpecialTokens = SpecialTokens()
     layout: Layout = "official"
@@ -87,6 +99,8 @@ def read_config(folder: Path) -> CheckpointConfig:
     if model_type not in LAYOUTS:
         known = OTHERS.get(model_type.lower(), f"known are {', '.join(LAYOUTS)}")
         raise SeekVLError(f"{config.where}: model_type {model_type!r} is not DeepSeek-VL: {known}")
+    if model_type == VL2:
+        return _read_vl2(folder, config)
     layout = LAYOUTS[model_type]
     dtype = _dtype(config)
     processor = _optional(folder / "processor_config.json")
@@ -99,7 +113,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     else:
         image_id = config.integer("image_token_id", 100015)
         model, image = _transformers_image(_picture_section(folder, processor), read_transformers(config))
-    specials = _specials(folder, processor)
+    specials = _specials(folder, processor, published=SpecialTokens())
     template = _template(processor, specials)
     _check_slots(processor, image)
     return CheckpointConfig(
@@ -110,6 +124,31 @@ def read_config(folder: Path) -> CheckpointConfig:
         layout=layout,
         dtype=dtype,
         image_id=image_id,
+        max_tokens=min(TRAINED_TOKENS, model.language.max_positions),
+    )
+
+
+def _read_vl2(folder: Path, config: Section) -> CheckpointConfig:
+    """Read the config files of DeepSeek-VL2."""
+    dtype = _dtype(config)
+    model, grids = read_vl2(config)
+    processor = Section.of_file(folder / "processor_config.json")
+    image = read_tiling(processor, model, grids=grids)
+    specials = _specials(folder, processor, published=VL2_TOKENS)
+    _require_format(processor)
+    processor.finish(PROCESSOR_IGNORED)
+    template = replace(
+        DEEPSEEK_VL2,
+        separators=(DEEPSEEK_VL2.separators[0], specials.eos),
+        picture=specials.image,
+    )
+    marks = (*GROUNDING_MARKS, template.user, template.assistant)
+    return CheckpointConfig(
+        model=model,
+        image=image,
+        template=template,
+        specials=replace(specials, added=(specials.pad or specials.eos, specials.image, *marks)),
+        dtype=dtype,
         max_tokens=min(TRAINED_TOKENS, model.language.max_positions),
     )
 
@@ -279,16 +318,25 @@ def _check_slots(processor: Section | None, image: PadImageConfig) -> None:
 
 
 def _template(processor: Section | None, specials: SpecialTokens) -> Template:
-    """Return the prompt format; only the one of the published checkpoints exists."""
-    name = processor.text("sft_format", "deepseek") if processor is not None else "deepseek"
+    """Return the prompt format of DeepSeek-VL."""
+    system = DEFAULT_SYSTEM
+    if processor is not None:
+        _require_format(processor)
+        system = processor.text("system_prompt", DEFAULT_SYSTEM)
+    return Template(separators=("\n\n", specials.eos), picture=specials.image, system=system)
+
+
+def _require_format(processor: Section) -> None:
+    """Refuse another prompt format than that of the published checkpoints, which bears one name in both
+    families.
+    """
+    name = processor.text("sft_format", "deepseek")
     if name != "deepseek":
-        raise SeekVLError(f"sft_format {name!r} is unknown: published DeepSeek-VL checkpoints use 'deepseek'")
-    system = processor.text("system_prompt", DEFAULT_SYSTEM) if processor is not None else DEFAULT_SYSTEM
-    return Template(name=name, separators=("\n\n", specials.eos), picture=specials.image, system=system)
+        raise SeekVLError(f"sft_format {name!r} is unknown: published checkpoints use 'deepseek'")
 
 
-def _specials(folder: Path, processor: Section | None) -> SpecialTokens:
-    """Return the control tokens as the tokenizer's files name them, else as published."""
+def _specials(folder: Path, processor: Section | None, *, published: SpecialTokens) -> SpecialTokens:
+    """Return the control tokens as the tokenizer's and the processor's files name them, else as published."""
     names: dict[str, str] = {}
     for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         section = _optional(path)
@@ -307,6 +355,16 @@ def _specials(folder: Path, processor: Section | None) -> SpecialTokens:
                     f"{folder}: {role}_token is {names[role]!r} in tokenizer_config.json and {value!r} in "
                     f"{path.name}"
                 )
-    if processor is not None and "image_tag" in processor:
-        names["image"] = processor.text("image_tag")
-    return replace(SpecialTokens(), **names)
+    if processor is not None:
+        for key in ("image_tag", "image_token"):
+            if key in processor:
+                names["image"] = processor.text(key)
+        if "pad_token" in processor:
+            names.setdefault("pad", processor.text("pad_token"))
+    return replace(
+        published,
+        bos=names.get("bos", published.bos),
+        eos=names.get("eos", published.eos),
+        image=names.get("image", published.image),
+        pad=names.get("pad", published.pad),
+    )

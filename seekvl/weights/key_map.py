@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Operation = Literal["copy", "unsqueeze0", "rows0of3", "rows1of3", "rows2of3"]
-"""From published tensor to our parameter: as it is, with a leading axis of 1, or as a third of the fused
-q|k|v rows.
+Operation = Literal["copy", "unsqueeze0", "rows0of3", "rows1of3", "rows2of3", "expert"]
+"""From published tensor to our parameter: as it is, with a leading axis of 1, as a third of the fused q|k|v
+rows, or as one matrix of a stack of experts.
 """
 
 Shape = tuple[int, ...]
@@ -22,6 +22,13 @@ class Target:
     parameter: str
     """Name in our state dict."""
     operation: Operation = "copy"
+    index: int = 0
+    """Which expert of the stack; 0 elsewhere."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether it fills only a part of the parameter."""
+        return self.operation not in ("copy", "unsqueeze0")
 
     def shape(self, parameter: Shape) -> Shape:
         """Return the published shape of what goes into a parameter of this shape.
@@ -31,7 +38,7 @@ class Target:
         """
         if self.operation == "copy":
             return parameter
-        if self.operation == "unsqueeze0":
+        if self.operation in ("unsqueeze0", "expert"):
             return parameter[1:]
         return (parameter[0] // 3, *parameter[1:])
 
@@ -41,6 +48,8 @@ class Target:
             return parameter
         if self.operation == "unsqueeze0":
             return parameter.squeeze(0)
+        if self.operation == "expert":
+            return parameter[self.index]
         return parameter.chunk(3)[int(self.operation[4])]
 
 
@@ -50,8 +59,8 @@ class KeyMap:
 
     layout: str
     targets: Mapping[str, Target]
-    """Published key -> where it goes. Every parameter of ours is filled by exactly one key, or by its three
-    thirds.
+    """Published key -> where it goes. Every parameter of ours is filled by exactly one key, by its three
+    thirds, or by each of its experts.
     """
     unused: Mapping[str, Shape | None]
     """Published keys that the network does not use, with their shape where it is known: accepted and left

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from seekvl.models.vl import VL, on_meta
+from seekvl.models.vl import VLConfig
+from seekvl.models.vl2 import AnyVL, on_meta
 from seekvl.presets import SHORT_NAMES
 from seekvl.processing.encode import Processor
 from seekvl.processing.pad_image import Preprocessing
@@ -15,6 +16,7 @@ from seekvl.runtime import SeekVLError, select_device, select_dtype
 from seekvl.weights.config import CheckpointConfig, read_config
 from seekvl.weights.key_map import KeyMap
 from seekvl.weights.official import official_map
+from seekvl.weights.official_vl2 import vl2_map
 from seekvl.weights.read import load_tensors
 from seekvl.weights.transformers_layout import transformers_map
 
@@ -33,7 +35,7 @@ DOWNLOADED = ["*.json", "*.safetensors"]
 class Checkpoint:
     """A loaded checkpoint."""
 
-    model: VL
+    model: AnyVL
     """In evaluation mode, without gradients."""
     processor: Processor
     config: CheckpointConfig
@@ -50,19 +52,25 @@ def load_checkpoint(
     preprocessing: Preprocessing = "seekvl",
     revision: str | None = None,
     max_tokens: int | None = None,
+    max_tiles: int | None = None,
 ) -> Checkpoint:
     """Load a checkpoint of either layout: the bundled model, a folder, or a hub id.
 
     `max_tokens` bounds a prompt: by default the 4,096 tokens the checkpoints were trained on, at most the
-    positions they have. Everything is checked before the weights are read, and the weights before anything is
-    computed.
+    positions they have. `max_tiles` bounds the tiles of a picture in DeepSeek-VL2; None takes its rule.
+    Everything is checked before the weights are read, and the weights before anything is computed.
     """
     folder = find_folder(name, revision=revision)
     config = read_config(folder)
     limit = _limit(config, max_tokens)
     tokenizer = load_tokenizer(folder, config)
     processor = Processor(
-        tokenizer, config.image, config.template, preprocessing=preprocessing, max_tokens=limit
+        tokenizer,
+        config.image,
+        config.template,
+        preprocessing=preprocessing,
+        max_tokens=limit,
+        max_tiles=max_tiles,
     )
     return Checkpoint(
         model=load_model(folder, config=config, device=device, dtype=dtype),
@@ -79,7 +87,7 @@ def load_model(
     config: CheckpointConfig,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-) -> VL:
+) -> AnyVL:
     """Load the network alone, in evaluation mode and without gradients."""
     model = on_meta(config.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -95,8 +103,15 @@ def load_model(
 
 
 def layout_map(config: CheckpointConfig) -> KeyMap:
-    """Return the key map of a checkpoint's layout."""
-    return official_map(config.model) if config.layout == "official" else transformers_map(config.model)
+    """Return the key map of a checkpoint's layout.
+
+    Raises SeekVLError for DeepSeek-VL2 in the transformers layout, which does not have it.
+    """
+    if isinstance(config.model, VLConfig):
+        return official_map(config.model) if config.layout == "official" else transformers_map(config.model)
+    if config.layout != "official":
+        raise SeekVLError("the transformers layout has no DeepSeek-VL2; use the official layout")
+    return vl2_map(config.model)
 
 
 def load_tokenizer(folder: Path, config: CheckpointConfig) -> Tokenizer:
@@ -115,7 +130,12 @@ def open_tokenizer(path: Path, config: CheckpointConfig) -> Tokenizer:
     """Open a `tokenizer.json` for the network of this config, with the same errors."""
     specials = config.specials
     tokenizer = Tokenizer.from_file(
-        path, bos=specials.bos, eos=specials.eos, image=specials.image, pad=specials.pad
+        path,
+        bos=specials.bos,
+        eos=specials.eos,
+        image=specials.image,
+        pad=specials.pad,
+        added=specials.added,
     )
     rows = config.model.language.vocab_size
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_id, tokenizer.pad_id)

@@ -1,4 +1,5 @@
-"""The official layout (deepseek-ai/deepseek-vl-*): which published key is which parameter of ours.
+"""The official layout of DeepSeek-VL (deepseek-ai/deepseek-vl-*): which published key is which
+parameter of ours.
 
 Present in the files and used by no forward pass: the pooling head of each SigLIP tower (13 tensors) and two
 layer norms of the hybrid tower (4 tensors). Older tools also wrote rotary tables, which are computed here.
@@ -27,14 +28,14 @@ def official_map(config: VLConfig) -> KeyMap:
     unused: dict[str, Shape | None] = {}
     if isinstance(config.vision, HybridConfig):
         pairs |= dict(_sam(config.vision.high, theirs=HIGH, ours="vision.high"))
-        pairs |= dict(_siglip(config.vision.low, theirs=LOW, ours="vision.low"))
-        unused |= _pooling(config.vision.low, theirs=LOW)
+        pairs |= dict(siglip_pairs(config.vision.low, theirs=LOW, ours="vision.low"))
+        unused |= pooling_head(config.vision.low, theirs=LOW)
         for norm in ("high_layer_norm", "low_layer_norm"):
             for part in ("weight", "bias"):
                 unused[f"vision_model.{norm}.{part}"] = (config.vision.low.width,)
     else:
-        pairs |= dict(_siglip(config.vision, theirs=SINGLE, ours="vision"))
-        unused |= _pooling(config.vision, theirs=SINGLE)
+        pairs |= dict(siglip_pairs(config.vision, theirs=SINGLE, ours="vision"))
+        unused |= pooling_head(config.vision, theirs=SINGLE)
     pairs |= dict(_adaptor(config.adaptor))
     pairs |= dict(llama_pairs(config.language, theirs="language_model.model", head="language_model.lm_head"))
     unused |= rotary_tables(config.language, theirs="language_model.model")
@@ -42,7 +43,7 @@ def official_map(config: VLConfig) -> KeyMap:
     return KeyMap(layout="official", targets=targets, unused=unused, prefixes={})
 
 
-def _siglip(config: SiglipConfig, *, theirs: str, ours: str) -> Pairs:
+def siglip_pairs(config: SiglipConfig, *, theirs: str, ours: str) -> Pairs:
     """Yield (published key, parameter) of a SigLIP tower."""
     yield f"{theirs}.pos_embed", f"{ours}.pos_embed"
     for part in ("weight", "bias"):
@@ -113,7 +114,7 @@ def rotary_tables(config: LlamaConfig, *, theirs: str) -> dict[str, Shape | None
     return {f"{theirs}.layers.{layer}.self_attn.rotary_emb.inv_freq": shape for layer in range(config.layers)}
 
 
-def _pooling(config: SiglipConfig, *, theirs: str) -> dict[str, Shape | None]:
+def pooling_head(config: SiglipConfig, *, theirs: str) -> dict[str, Shape | None]:
     """Return the 13 tensors of the pooling head behind every published SigLIP tower, which is never run."""
     c, m = config.width, config.mlp_width
     weights = {"q": (c, c), "kv": (2 * c, c), "proj": (c, c), "mlp.fc1": (m, c), "mlp.fc2": (c, m)}

@@ -1,4 +1,5 @@
-"""A network and its processor written as a checkpoint folder, in either layout.
+"""A network and its processor written as a checkpoint folder, in either layout of DeepSeek-VL or in the one
+of DeepSeek-VL2.
 
 Each file appears whole or not at all, `config.json` last: a folder without it is not finished. Tensors that
 the network does not use are left out, which other loaders of these layouts accept; whoever has them can pass
@@ -6,6 +7,7 @@ them on.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,14 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seekvl.models.hybrid import HybridConfig
-from seekvl.models.vl import VL
-from seekvl.processing.pad_image import visual_tokens
+from seekvl.models.vl import VLConfig
+from seekvl.models.vl2 import AnyVL
+from seekvl.processing.pad_image import PadImageConfig, visual_tokens
 from seekvl.processing.template import DEFAULT_SYSTEM
+from seekvl.processing.tile_image import TileImageConfig
 from seekvl.runtime import DTYPES, SeekVLError, atomic_file
 from seekvl.weights.config import CheckpointConfig, Layout, SpecialTokens
-from seekvl.weights.key_map import KeyMap
+from seekvl.weights.key_map import KeyMap, parameter_shapes
 from seekvl.weights.load import layout_map, open_tokenizer
 from seekvl.weights.official_config import write_official
+from seekvl.weights.official_vl2_config import write_grids, write_vl2
 from seekvl.weights.read import INDEX, SINGLE, require_finite
 from seekvl.weights.transformers_config import write_transformers
 
@@ -32,7 +37,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 def save_checkpoint(
-    model: VL,
+    model: AnyVL,
     folder: Path,
     *,
     config: CheckpointConfig,
@@ -99,7 +104,7 @@ def _old_files(folder: Path, *, overwrite: bool) -> list[Path]:
 
 
 def _write_weights(
-    model: VL,
+    model: AnyVL,
     folder: Path,
     *,
     key_map: KeyMap,
@@ -133,19 +138,16 @@ def _write_weights(
 
 
 def _sizes(
-    model: VL, key_map: KeyMap, unused: Mapping[str, Tensor], *, itemsize: int
+    model: AnyVL, key_map: KeyMap, unused: Mapping[str, Tensor], *, itemsize: int
 ) -> Iterator[tuple[str, int]]:
     """Yield published key and bytes, sorted by key."""
-    numbers = {name: value.numel() for name, value in model.state_dict().items()}
+    shapes = parameter_shapes(model)
     for key in sorted([*key_map.targets, *unused]):
         if key in unused:
             yield key, unused[key].numel() * itemsize
         else:
             target = key_map.targets[key]
-            yield (
-                key,
-                numbers[target.parameter] * itemsize // (3 if target.operation.startswith("rows") else 1),
-            )
+            yield key, math.prod(target.shape(shapes[target.parameter])) * itemsize
 
 
 def _published(
@@ -162,7 +164,7 @@ def _published(
     else:
         target = key_map.targets[key]
         source = target.of(state[target.parameter].detach())
-        if target.operation.startswith("rows"):
+        if target.partial:
             source = source.clone()
     tensor = source.to(device="cpu", dtype=dtype).contiguous()
     require_finite(tensor, key=key, source=source)
@@ -175,26 +177,36 @@ def _texts(config: CheckpointConfig, tokenizer: Path, *, dtype: str) -> dict[str
     if not tokenizer.is_file():
         raise SeekVLError(f"there is no tokenizer {tokenizer}")
     loaded = open_tokenizer(tokenizer, config)
+    model, image = config.model, config.image
+    if not isinstance(model, VLConfig):
+        assert isinstance(image, TileImageConfig)
+        return {
+            "special_tokens_map.json": _special_tokens(specials),
+            "tokenizer_config.json": _tokenizer_config(config) | {"tokenizer_class": "LlamaTokenizerFast"},
+            "processor_config.json": _vl2_processor(image, specials, name=config.template.name),
+            "config.json": write_vl2(model, grids=image.grids, dtype=dtype),
+        }
+    assert isinstance(image, PadImageConfig)
     if config.layout == "official":
         return {
             "special_tokens_map.json": _special_tokens(specials)
             | {"additional_special_tokens": [specials.image]},
             "tokenizer_config.json": _tokenizer_config(config) | {"tokenizer_class": "LlamaTokenizerFast"},
-            "preprocessor_config.json": _official_image(config),
-            "processor_config.json": _official_processor(config),
-            "config.json": write_official(config.model, dtype=dtype),
+            "preprocessor_config.json": _official_image(image),
+            "processor_config.json": _official_processor(config, slots=visual_tokens(image)),
+            "config.json": write_official(model, dtype=dtype),
         }
-    hybrid = isinstance(config.model.vision, HybridConfig)
+    hybrid = isinstance(model.vision, HybridConfig)
     return {
         "tokenizer_config.json": _tokenizer_config(config)
         | {"image_token": specials.image, "tokenizer_class": "PreTrainedTokenizerFast"},
-        "preprocessor_config.json": _transformers_image(config),
+        "preprocessor_config.json": _transformers_image(image),
         "processor_config.json": {
-            "num_image_tokens": visual_tokens(config.image),
+            "num_image_tokens": visual_tokens(image),
             "processor_class": "DeepseekVLHybridProcessor" if hybrid else "DeepseekVLProcessor",
         },
         "config.json": write_transformers(
-            config.model,
+            model,
             dtype=dtype,
             image_id=loaded.image_id,
             bos_id=loaded.bos_id,
@@ -218,9 +230,8 @@ def _tokenizer_config(config: CheckpointConfig) -> dict[str, object]:
     }
 
 
-def _official_image(config: CheckpointConfig) -> dict[str, object]:
+def _official_image(image: PadImageConfig) -> dict[str, object]:
     """Return the preprocessor config of the official layout."""
-    image = config.image
     return {
         "background_color": list(image.pad_colour),
         "do_normalize": image.do_normalize,
@@ -234,14 +245,14 @@ def _official_image(config: CheckpointConfig) -> dict[str, object]:
     }
 
 
-def _official_processor(config: CheckpointConfig) -> dict[str, object]:
+def _official_processor(config: CheckpointConfig, *, slots: int) -> dict[str, object]:
     """Return the processor config of the official layout; another default system prompt is an extra key."""
     values: dict[str, object] = {
         "add_special_token": False,
         "ignore_id": -100,
         "image_tag": config.specials.image,
         "mask_prompt": True,
-        "num_image_tokens": visual_tokens(config.image),
+        "num_image_tokens": slots,
         "processor_class": "VLChatProcessor",
         "sft_format": config.template.name,
     }
@@ -250,9 +261,27 @@ def _official_processor(config: CheckpointConfig) -> dict[str, object]:
     return values
 
 
-def _transformers_image(config: CheckpointConfig) -> dict[str, object]:
+def _vl2_processor(image: TileImageConfig, specials: SpecialTokens, *, name: str) -> dict[str, object]:
+    """Return the processor config of DeepSeek-VL2, which describes pictures and prompt in one."""
+    return {
+        "add_special_token": False,
+        "candidate_resolutions": write_grids(image.grids, side=image.image_size),
+        "downsample_ratio": image.downsample,
+        "ignore_id": -100,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+        "image_token": specials.image,
+        "mask_prompt": False,
+        "normalize": True,
+        "pad_token": specials.pad,
+        "patch_size": image.patch_size,
+        "processor_class": "DeepseekVLV2Processor",
+        "sft_format": name,
+    }
+
+
+def _transformers_image(image: PadImageConfig) -> dict[str, object]:
     """Return the preprocessor config of the transformers layout, where the processor normalises."""
-    image = config.image
     values: dict[str, object] = {"do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True}
     values |= {"min_size": image.min_size, "rescale_factor": image.rescale_factor}
     square = {"height": image.image_size, "width": image.image_size}

@@ -97,6 +97,13 @@ class Section:
             raise self._wrong(key, "a list of whole numbers")
         return tuple(int(x) for x in value)
 
+    def pairs(self, key: str) -> tuple[tuple[int, int], ...]:
+        """Return a list of pairs of whole numbers above 0."""
+        value = self._value(key, None)
+        if not isinstance(value, list) or not value or not all(_is_pair(entry) for entry in value):
+            raise self._wrong(key, "a list of pairs of whole numbers above 0")
+        return tuple((entry[0], entry[1]) for entry in value)
+
     def rgb(self, key: str) -> tuple[float, float, float] | None:
         """Return one number for each colour channel, None where the key is absent or null."""
         value = self.numbers(key)
@@ -152,3 +159,12 @@ class Section:
         return SeekVLError(
             f"{self.where}: {key} is {json.dumps(self.values.get(key))[:60]}, expected {expected}"
         )
+
+
+def _is_pair(value: object) -> bool:
+    """Tell whether a value is a list of two whole numbers above 0."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in value)
+    )

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seekvl.models.hybrid import Hybrid
-from seekvl.models.vl import VL, on_meta
+from seekvl.models.vl import VL
+from seekvl.models.vl2 import AnyConfig, AnyVL, VL2Config, on_meta
 from seekvl.processing.conversation import Conversation, Message, Picture, Text
 from seekvl.processing.encode import ModelInput, Processor
 from seekvl.runtime import SeekVLError
@@ -147,10 +148,11 @@ def _pixels(inputs: ModelInput, digest: str) -> tuple[None, str]:
 
 
 def _vision(
-    model: VL, inputs: ModelInput, *, case: str, expected: Mapping[str, Tensor]
+    model: AnyVL, inputs: ModelInput, *, case: str, expected: Mapping[str, Tensor]
 ) -> tuple[Tensor, str]:
     """Run the towers and compare the features of every fifth place."""
     assert inputs.pixels is not None
+    assert isinstance(model, VL)
     assert isinstance(model.vision, Hybrid)
     high, low = model.vision(inputs.pixels)
     worst = max(
@@ -160,13 +162,13 @@ def _vision(
     return model.adaptor((high, low)), _within(worst, FEATURES)
 
 
-def _logits(model: VL, embeds: Tensor, expected: Tensor) -> tuple[None, str]:
+def _logits(model: AnyVL, embeds: Tensor, expected: Tensor) -> tuple[None, str]:
     """Compare the logits of the last position."""
     logits = model.head(model.hidden(embeds)[:, -1])
     return None, _within(_difference(logits, expected), LOGITS)
 
 
-def _greedy(model: VL, embeds: Tensor, expected: Tensor) -> tuple[None, str]:
+def _greedy(model: AnyVL, embeds: Tensor, expected: Tensor) -> tuple[None, str]:
     """Compare greedy ids, each found with a full pass: slow, obvious, and without a cache."""
     wanted = expected.flatten().tolist()
     found: list[int] = []
@@ -216,9 +218,16 @@ def _config(folder: Path) -> tuple[CheckpointConfig, str]:
     config = read_config(folder)
     numbers = sum(math.prod(shape) for shape in parameter_shapes(on_meta(config.model)).values())
     return config, (
-        f"{config.layout} layout, {numbers:,} parameters in use, pictures of {config.model.image_size} px "
-        f"as {config.model.visual_tokens} tokens, context {config.max_tokens} tokens"
+        f"{config.layout} layout, {numbers:,} parameters in use, {_pictures(config.model)}, context "
+        f"{config.max_tokens} tokens"
     )
+
+
+def _pictures(model: AnyConfig) -> str:
+    """Say what a picture costs."""
+    if not isinstance(model, VL2Config):
+        return f"pictures of {model.image_size} px as {model.visual_tokens} tokens"
+    return f"pictures in tiles of {model.image_size} px, at least {model.slots((1, 1))} tokens"
 
 
 def _weights(checks: _Checks, folder: Path, config: CheckpointConfig) -> None:
@@ -304,15 +313,18 @@ def _template(processor: Processor) -> tuple[None, str]:
     counts = {
         "begin": (ids.count(tokenizer.bos_id), 1),
         "end": (ids.count(tokenizer.eos_id), 1),
-        "picture": (ids.count(tokenizer.image_id), processor.picture_tokens),
+        "picture": (ids.count(tokenizer.image_id), sum(inputs.bill.image_tokens)),
     }
     for name, (found, wanted) in counts.items():
         if found != wanted:
             raise SeekVLError(f"two turns and a picture have {found} {name} tokens instead of {wanted}")
     if ids[0] != tokenizer.bos_id:
         raise SeekVLError(f"a prompt starts with token {ids[0]} instead of {tokenizer.bos_id}")
-    text = tokenizer.decode([token for token in ids if token != tokenizer.eos_id])
+    unprinted = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_id}
+    text = tokenizer.decode([token for token in ids if token not in unprinted], skip_specials=False)
     plain = inputs.prompt.replace(template.picture, "", 1)
+    if template.role_tokens:  # the space in front of an answer is printed, not fed
+        plain = plain.replace(f"{template.assistant}: ", f"{template.assistant}:")
     head, _, tail = plain.rpartition(template.separators[1])
     if text != head + tail:
         raise SeekVLError(

@@ -119,6 +119,26 @@ def test_boxes_are_drawn_on_the_picture_they_name(tmp_path: Path, capsys: pytest
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jpg"]
 
 
+def test_an_svg_is_drawn_where_its_name_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "out.SVG"
+    ask._draw(path, [Box("狗 <", 100, 100, 900, 900)], pictures=[Image.new("RGB", (40, 30))], names=["a.png"])
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<svg ")
+    assert "狗 &lt; 100 100 900 900" in text
+
+
+def test_boxes_are_in_the_picture_that_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    boxes: list[Box] = []
+    monkeypatch.setattr(ask, "_draw", lambda path, found, **_: boxes.extend(found))
+    asked = ("ask", PICTURES[0], PICTURES[1], "Where is the sign?", "--draw", tmp_path / "a.png")
+    result = run(*asked, "--boxes-in", 2, "--constrain", "box_first", "--max-new-tokens", 60)
+    assert result.exit_code == 0, result.output
+    assert "px of picture 2" in result.stdout
+    assert {box.image for box in boxes} == {1}
+
+
 def test_boxes_in_two_pictures_are_not_drawn_into_one(tmp_path: Path) -> None:
     boxes = [Box("dog", 1, 1, 9, 9, image) for image in (0, 1)]
     with pytest.raises(seekvl.SeekVLError, match="lie in 2 pictures"):
@@ -133,6 +153,8 @@ def test_boxes_in_two_pictures_are_not_drawn_into_one(tmp_path: Path) -> None:
         (("-", "-", "What?"), "given twice"),
         (("What?", "--draw", "a.png"), "no picture to draw on"),
         ((str(PICTURES[0]), "What?", "--draw", "a.txt"), "must end in .png"),
+        ((str(PICTURES[0]), "What?", "--boxes-in", "2"), "more than the 1 given pictures"),
+        ((str(PICTURES[0]), "What?", "--constrain", "box"), "box_first"),
         ((str(PICTURES[0]), "What?", "--draw", "nowhere/a.png"), "folder nowhere"),
         ((str(PICTURES[0]), "What?", "--preprocessing", "best"), "best"),
         ((str(PICTURES[0]), "What?", "--dtype", "int8"), "int8"),
@@ -167,3 +189,13 @@ def test_bad_input_is_one_line(
     assert result.stdout == ""
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_fewer_tiles_cost_fewer_tokens(run: Run) -> None:
+    folder = ("--model", str(GOLDEN / "vl2-tiny-like"), "--device", "cpu", "--dtype", "float32")
+    costs = []
+    for option in ((), ("--max-tiles", "1")):
+        result = run("ask", PICTURES[1], "What is it?", "--json", *SHORT, *option, *folder)
+        assert result.exit_code == 0, result.output
+        costs.append(json.loads(result.stdout)["usage"]["image_tokens"])
+    assert costs == [157, 41]

@@ -47,6 +47,21 @@ def test_pictures_follow_the_order_of_rows() -> None:
     assert batch.image_mask.tolist() == [[True, False], [False, False], [False, False]]
 
 
+def test_tiles_are_concatenated_without_padding() -> None:
+    one, seven = torch.full((1, 3, 2, 2), 0.1), torch.full((7, 3, 2, 2), 0.2)
+    tiled = [
+        sample([1], pixels=one, grids=((1, 1),)),
+        sample([2], grids=()),
+        sample([3], pixels=torch.cat([seven, one]), grids=((2, 3), (1, 1))),
+    ]
+    batch = collate(tiled, lengths=(2,), pad_id=0)
+    assert batch.grids == ((1, 1), (2, 3), (1, 1))
+    assert batch.pixels is not None
+    assert batch.pixels[:, 0, 0, 0].tolist() == pytest.approx([0.1, *[0.2] * 7, 0.1])
+    assert batch.to(torch.device("meta")).grids == batch.grids
+    assert collate([sample([1])], lengths=(2,), pad_id=0).grids is None
+
+
 def test_moving_keeps_every_field() -> None:
     pixels = torch.rand(1, 3, 2, 2)
     batch = collate([sample([1], pixels=pixels, low_pixels=pixels, normalized=True)], lengths=(4,), pad_id=0)
@@ -82,6 +97,17 @@ def test_moving_keeps_every_field() -> None:
                 sample([1], pixels=torch.zeros(1, 3, 4, 4), normalized=True),
             ],
             "some pictures of the batch are normalised and some are not",
+        ),
+        (
+            [
+                sample([1], pixels=torch.zeros(1, 3, 4, 4)),
+                sample([1], pixels=torch.zeros(1, 3, 4, 4), grids=((1, 1),)),
+            ],
+            "1 of 2 samples with pictures have grids",
+        ),
+        (
+            [sample([1]), sample([1], pixels=torch.zeros(4, 3, 4, 4), grids=((2, 2),))],
+            "sample 1 of the batch: its grids make 5 tiles, and it has 4",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The smallest golden checkpoint as a model to generate with: random weights, real tokenizer and template."""
+"""The smallest golden checkpoints as models to generate with: random weights, real tokenizer and template."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,12 @@ LONG = "Which of the two images is brighter? " * 6
 @pytest.fixture(scope="session")
 def vlm() -> seekvl.VLM:
     return seekvl.load(GOLDEN / "vl1-siglip", device="cpu", dtype="float32", preprocessing="official")
+
+
+@pytest.fixture(scope="session")
+def tiled() -> seekvl.VLM:
+    """DeepSeek-VL2 with latent attention and experts."""
+    return seekvl.load(GOLDEN / "vl2-small-like", device="cpu", dtype="float32", preprocessing="official")
 
 
 @pytest.fixture(scope="session")

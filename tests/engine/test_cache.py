@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from seekvl.engine.cache import BLOCK, KVCache
+from seekvl.models.deepseek_v2 import DeepseekV2Config
 from seekvl.models.llama import LlamaConfig
+from seekvl.models.mla import MlaConfig
 from seekvl.runtime import SeekVLError
 
 CONFIG = LlamaConfig(
@@ -139,3 +141,34 @@ def test_move_puts_a_row_in_the_place_of_another() -> None:
 def test_a_cache_without_rows_is_refused() -> None:
     with pytest.raises(SeekVLError, match="at least 1 row"):
         cache(rows=0)
+
+
+LATENT = DeepseekV2Config(
+    vocab_size=8,
+    width=8,
+    layers=2,
+    heads=2,
+    kv_heads=2,
+    mlp_width=8,
+    max_positions=3 * BLOCK,
+    mla=MlaConfig(kv_rank=5, nope_width=3, rope_width=2, value_width=3),
+    moe=None,
+    dense_first=0,
+)
+
+
+def test_a_latent_and_its_rotary_key_stand_in_the_two_places() -> None:
+    held = KVCache(LATENT, rows=2, device=torch.device("cpu"), dtype=torch.float32)
+    held.reserve(4)
+    view = held.row(1)
+    rotary, latent = torch.rand(1, 1, 3, 2), torch.rand(1, 1, 3, 5)
+    k, v = view.update(0, rotary, latent)
+    assert torch.equal(k, rotary)
+    assert torch.equal(v, latent)
+    view.advance(3)
+    k, v = held.update(0, torch.ones(2, 1, 1, 2), torch.ones(2, 1, 1, 5))
+    assert (k.shape, v.shape) == ((2, 1, 4, 2), (2, 1, 4, 5))
+    assert torch.equal(v[1, :, :3], latent[0])
+    assert held.nbytes == 2 * LATENT.layers * (2 + 5) * BLOCK * 4
+    held.move(1, 0)
+    assert held.lengths == [3, 3]

@@ -1,15 +1,18 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import seekvl
+from seekvl.engine import generate as room
 from seekvl.engine.cache import KVCache
 from seekvl.engine.generate import generate, prefill, step
 from seekvl.engine.request import Completion, Piece, Request
 from seekvl.models.vl import VL, VLConfig
+from seekvl.models.vl2 import VL2
 from seekvl.processing.encode import ModelInput
 from seekvl.runtime import SeekVLError
 
@@ -244,3 +247,119 @@ def test_weights_that_are_not_finite_stop_the_answer(
     model.language.norm.weight[0] = float("nan")
     with pytest.raises(SeekVLError, match="not finite"):
         list(generate(model, vlm.tokenizer, requests=[make(prompts[0])]))
+
+
+IMAGES = Path(__file__).parents[1] / "golden" / "images"
+
+
+def tiled_prompts(tiled: seekvl.VLM) -> list[ModelInput]:
+    """A text, a picture of one tile beside one of many, and one of many alone."""
+
+    def shown(*names: str) -> ModelInput:
+        pictures = [str(IMAGES / f"{name}.png") for name in names]
+        return tiled.processor([{"role": "user", "content": "What is it?", "images": pictures}])
+
+    return [tiled.processor("Hello"), shown("tiny_5x3", "wide_1024x300"), shown("wide_1024x300")]
+
+
+def slow_tiled(tiled: seekvl.VLM, inputs: ModelInput, count: int) -> list[int]:
+    """The whole sequence through the whole network for every token."""
+    assert isinstance(tiled.model, VL2)
+    ids, mask, new = inputs.input_ids[None], inputs.image_mask[None], []
+    for _ in range(count):
+        with torch.inference_mode():
+            logits = tiled.model(ids, image_mask=mask, pixels=inputs.pixels, grids=inputs.grids)
+        new.append(int(logits[0, -1].argmax()))
+        ids = torch.cat((ids, torch.tensor([[new[-1]]])), dim=1)
+        mask = torch.cat((mask, torch.tensor([[False]])), dim=1)
+    return new
+
+
+def test_experts_and_latent_cached_and_together_equal_recomputing_everything(
+    tiled: seekvl.VLM, make: Make, finish: Finish
+) -> None:
+    prompts = tiled_prompts(tiled)
+    together = finish(run(tiled, *[make(inputs, max_new_tokens=6) for inputs in prompts]))
+    for inputs, done in zip(prompts, together, strict=True):
+        assert list(done.token_ids) == slow_tiled(tiled, inputs, 6)
+
+
+def test_pieces_chosen_for_little_memory_give_the_same_answer(
+    tiled: seekvl.VLM, make: Make, finish: Finish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, calls = tiled_prompts(tiled)[2], {"tower": [], "prompt": []}
+    assert inputs.pixels is not None
+    hooks = [
+        tiled.model.vision.register_forward_pre_hook(lambda _, x: calls["tower"].append(len(x[0]))),
+        tiled.model.language.register_forward_pre_hook(lambda _, x: calls["prompt"].append(x[0].shape[1])),
+    ]
+    (whole,) = finish(run(tiled, make(inputs, max_new_tokens=6)))
+    assert calls["tower"] == [len(inputs.pixels)]
+    assert calls["prompt"] == [len(inputs.input_ids), *[1] * 5]
+    for sizes in calls.values():
+        sizes.clear()
+    monkeypatch.setattr(room, "free_bytes", lambda _: 0)
+    (pieces,) = finish(run(tiled, make(inputs, max_new_tokens=6)))
+    for hook in hooks:
+        hook.remove()
+    assert calls["tower"] == [1] * len(inputs.pixels)
+    assert calls["prompt"] == [64, len(inputs.input_ids) - 64, *[1] * 5]
+    assert pieces.token_ids == whole.token_ids
+
+
+def test_text_never_touches_the_tower_of_tiles(tiled: seekvl.VLM, make: Make) -> None:
+    calls: list[int] = []
+    hook = tiled.model.vision.register_forward_hook(lambda *_: calls.append(1))
+    run(tiled, make(tiled_prompts(tiled)[0], max_new_tokens=2))
+    assert calls == []
+    run(tiled, *[make(inputs, max_new_tokens=2) for inputs in tiled_prompts(tiled)])
+    hook.remove()
+    assert len(calls) == 2  # the wide picture is shown twice and encoded once
+
+
+def test_the_penalty_counts_the_prompt_where_it_is_told_to(
+    tiled: seekvl.VLM, make: Make, finish: Finish
+) -> None:
+    inputs = tiled_prompts(tiled)[0]
+    prompt = set(inputs.input_ids.tolist())
+    never, always = (make(inputs, max_new_tokens=6, repetition_penalty=by) for by in (30.0, 0.01))
+    plain, shunned, sought = finish(
+        run(tiled, always, *[replace(one, penalise_prompt=True) for one in (never, always)])
+    )
+    assert not prompt & set(shunned.token_ids)
+    assert sought.token_ids[0] in prompt
+    assert plain.token_ids[0] not in prompt
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_near_the_longest_sequence(dtype: str) -> None:
+    """In pieces, as a whole and step by step: positions stay exact up to the last one, in half precision
+    too.
+    """
+    folder = Path(__file__).parents[1] / "golden" / "vl2-small-like"
+    vlm = seekvl.load(folder, device="cpu", dtype=dtype)
+    inputs = vlm.processor("Which of the two images is brighter? " * 270)
+    limit = vlm.model.config.language.max_positions
+    ids = inputs.input_ids.repeat(2)[: limit - 4]
+    assert len(ids) == limit - 4
+    bill = replace(inputs.bill, total=len(ids), text_tokens=len(ids))
+    inputs = replace(inputs, input_ids=ids, image_mask=torch.zeros(len(ids)).bool(), bill=bill)
+    caches = [new_cache(vlm), new_cache(vlm)]
+    whole = prefill(vlm.model, inputs, cache=caches[0], row=0)
+    parts = prefill(vlm.model, inputs, cache=caches[1], row=0, chunk=700)
+    exact = dtype == "float32"
+    assert (whole - parts).abs().max() < (1e-4 if exact else 0.3)
+    stepped = [step(vlm.model, [7], cache=cache)[0] for cache in caches]
+    longer = replace(
+        inputs, input_ids=torch.cat((ids, torch.tensor([7]))), image_mask=torch.zeros(len(ids) + 1).bool()
+    )
+    again = prefill(vlm.model, longer, cache=new_cache(vlm), row=0)
+    for logits in stepped:
+        assert (logits - again).abs().max() < (1e-4 if exact else 0.3)
+
+
+def test_answers_can_be_held_to_boxes(tiled: seekvl.VLM, make: Make, finish: Finish) -> None:
+    request = make(tiled_prompts(tiled)[2], max_new_tokens=60, constrain="box_first")
+    (done,) = finish(run(tiled, request))
+    assert done.text.startswith("<|ref|>")
+    assert "<|/det|>" in done.text

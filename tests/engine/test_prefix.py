@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import seekvl
-from seekvl.engine.generate import generate
-from seekvl.engine.prefix import Prefix
+from seekvl.engine.generate import embed_prompt, generate
+from seekvl.engine.prefix import Prefix, picture_digests, picture_places
 from seekvl.engine.request import Completion, Piece, Request
 from seekvl.processing.encode import ModelInput
 from seekvl.runtime import SeekVLError
@@ -145,3 +145,53 @@ def test_low_pictures_count_as_part_of_a_picture(vlm: seekvl.VLM) -> None:
     prefix.reuse(with_low[0])
     prefix.cache.lengths[0] = len(inputs.input_ids)
     assert prefix.reuse(with_low[1]) == int(inputs.image_mask.nonzero()[0])
+
+
+def tiled_conversation(tiled: seekvl.VLM, *questions: str, names: tuple[str, ...]) -> ModelInput:
+    messages: list[dict[str, object]] = []
+    for index, question in enumerate(questions):
+        pictures = [] if index else [str(IMAGES / f"{name}.png") for name in names]
+        messages.append({"role": "user", "content": question, "images": pictures})
+        messages.append({"role": "assistant", "content": "Yes."})
+    return tiled.processor(messages[:-1])
+
+
+def test_tiled_pictures_of_different_grids_stay_in_the_cache(
+    tiled: seekvl.VLM, make: Make, finish: Finish
+) -> None:
+    names = ("text_320x200", "la_90x61")
+    prefix, before = Prefix(tiled.model), 0
+    for questions in (("Which?",), ("Which?", "Why?"), ("Which?", "Why?", "How?")):
+        inputs = tiled_conversation(tiled, *questions, names=names)
+        assert len(set(inputs.bill.image_tokens)) == 2
+        request = make(inputs, max_new_tokens=6)
+        kept = answer(tiled, request, finish, prefix=prefix)
+        assert kept.token_ids == answer(tiled, request, finish).token_ids
+        assert kept.usage.cached_tokens >= before
+        assert (kept.timings.vision == 0) == (before > 0)
+        before = kept.usage.prompt_tokens
+    other = make(tiled_conversation(tiled, "Which?", names=(names[0], "gray_128x96")), max_new_tokens=6)
+    kept = answer(tiled, other, finish, prefix=prefix)
+    assert kept.token_ids == answer(tiled, other, finish).token_ids
+    assert kept.usage.cached_tokens == picture_places(other.inputs)[1][0]
+
+
+def test_a_cut_inside_the_second_tiled_picture_keeps_the_first(tiled: seekvl.VLM) -> None:
+    inputs = tiled_conversation(tiled, "Which?", names=("text_320x200", "la_90x61"))
+    places = picture_places(inputs)
+    assert [end - start for start, end in places] == list(inputs.bill.image_tokens)
+    assert inputs.image_mask[places[1][0] : places[1][1]].all()
+    prefix = Prefix(tiled.model)
+    prefix.reuse(inputs)
+    prefix.cache.lengths[0] = places[1][1] - 1
+    assert prefix.reuse(inputs) == places[1][0]
+    embeds = embed_prompt(tiled.model, inputs)
+    assert torch.equal(embed_prompt(tiled.model, inputs, start=places[1][0]), embeds[:, places[1][0] :])
+
+
+def test_a_grid_is_part_of_a_picture(tiled: seekvl.VLM) -> None:
+    inputs = tiled_conversation(tiled, "Which?", names=("la_90x61",))
+    assert inputs.grids == ((2, 1),)
+    other = replace(inputs, grids=((1, 2),))
+    assert picture_digests(inputs) != picture_digests(other)
+    assert picture_digests(inputs) == picture_digests(replace(inputs))

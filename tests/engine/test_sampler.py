@@ -84,3 +84,10 @@ def test_logits_that_are_not_finite_are_an_error(bad: float, temperature: float)
     logits = torch.tensor([[0.0, bad, 1.0]])
     with pytest.raises(SeekVLError, match=r"token 1 of row 0 are not finite"):
         choose(logits, [Sampler(params=SamplingParams(temperature=temperature))])
+
+
+def test_the_penalty_counts_tokens_of_the_prompt_where_it_is_told_to() -> None:
+    params = SamplingParams(repetition_penalty=2.0)
+    assert choose_one(LOGITS, Sampler(params=params)) == 1
+    assert choose_one(LOGITS, Sampler(params=params, prompt=frozenset({1, 3}))) == 2
+    assert choose_one(LOGITS, Sampler(params=params, prompt=frozenset({1}), generated=[2])) == 1

@@ -58,6 +58,13 @@ def test_packed_documents_equal_documents_alone_in_loss_and_gradient(model: Llam
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_the_cache_holds_keys_and_values_of_the_shared_heads(model: Llama) -> None:
+    cache = GrowingCache()
+    model(torch.randn(1, 3, 32), cache=cache)
+    found = tuple((slot.shape[1], slot.shape[3]) for slot in cache.layers[0])
+    assert found == CONFIG.cache_shape == ((2, 8), (2, 8))
+
+
 def test_packed_mask_is_the_one_in_its_docstring() -> None:
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert packed_mask(torch.tensor([[0, 0, 1, 1]]))[0, 0].int().tolist() == expected

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from seekvl.models.vl import on_meta
+from seekvl.models.vl import VLConfig
+from seekvl.models.vl2 import VL2Config, on_meta
 from seekvl.presets import CHECKPOINTS
 from seekvl.weights.key_map import KeyMap, parameter_shapes
 from seekvl.weights.official import official_map
+from seekvl.weights.official_vl2 import vl2_map
 from seekvl.weights.read import StoredTensor, match
 from seekvl.weights.transformers_layout import transformers_map
 
@@ -29,6 +31,7 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 def maps(size: str) -> tuple[KeyMap, KeyMap]:
     config = CHECKPOINTS[f"deepseek-ai/deepseek-vl-{size}-chat"].model
+    assert isinstance(config, VLConfig)
     return official_map(config), transformers_map(config)
 
 
@@ -88,3 +91,37 @@ def test_thirds_of_the_fused_rows_are_q_k_v_in_this_order() -> None:
     prefix = "model.vision_model.encoder.layers.0.self_attn"
     thirds = [key_map.targets[f"{prefix}.{name}_proj.bias"].of(qkv).tolist() for name in "qkv"]
     assert thirds == [[0, 1], [2, 3], [4, 5]]
+
+
+def vl2_keys(name: str) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a DeepSeek-VL2 list, whose experts stand as one key with a count."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    content = json.loads(gzip.decompress((KEYS / f"{name}.official.json.gz").read_bytes()))
+    for key, value in content["tensors"].items():
+        if isinstance(value, dict):
+            for index in range(value["count"]):
+                shapes[key.replace("{e}", str(index))] = tuple(value["shape"])
+        else:
+            shapes[key] = tuple(value)
+    assert len(shapes) == content["tensor_count"]
+    return shapes
+
+
+VL2_SIZES = [("vl2-tiny", 2582), ("vl2-small", 5639), ("vl2", 6973)]
+
+
+@pytest.mark.parametrize(("name", "tensors"), VL2_SIZES)
+def test_vl2_keys(name: str, tensors: int) -> None:
+    keys, config = vl2_keys(name), CHECKPOINTS[f"deepseek-ai/deepseek-{name}"].model
+    assert isinstance(config, VL2Config)
+    key_map, ours = vl2_map(config), parameter_shapes(on_meta(config))
+    assert (len(keys), len(keys) - len(key_map.targets)) == (tensors, 13)
+    wanted = {key: target.shape(ours[target.parameter]) for key, target in key_map.targets.items()}
+    assert wanted | key_map.unused == keys
+    filled: dict[str, list[int]] = {}
+    for target in key_map.targets.values():
+        filled.setdefault(target.parameter, []).append(target.index)
+    assert filled.keys() == ours.keys()
+    for parameter, indices in filled.items():
+        count = ours[parameter][0] if ".experts." in parameter else 1
+        assert sorted(indices) == list(range(count)), parameter

@@ -86,6 +86,31 @@ def test_official_form_without_placeholder_shows_pictures_first() -> None:
     assert parts([{"role": "User", "content": "a", "images": [RED]}]) == (Picture(RED), Text("a"))
 
 
+def test_vl2_form_without_placeholder_ends_the_line_of_each_picture() -> None:
+    message = {"role": "<|User|>", "content": "a", "images": [RED, BLUE]}
+    assert parts([message]) == (Picture(RED), Text("\n"), Picture(BLUE), Text("\na"))
+
+
+def test_plain_roles_with_as_many_tags_as_pictures_are_the_official_form_of_vl2() -> None:
+    message = {**user("see <image> and <image>"), "images": [RED, BLUE]}
+    assert parts([message]) == (Text("see "), Picture(RED), Text(" and "), Picture(BLUE))
+    assert not parse_messages([message]).messages[0].control
+
+
+def test_detail() -> None:
+    content = [
+        {"type": "image", "image": RED},
+        {"type": "image", "image": RED, "detail": "low"},
+        {"type": "image", "path": "a.png", "detail": "high"},
+        {"type": "image_url", "image_url": {"url": "data:,x", "detail": "low"}},
+        {"type": "image_url", "image_url": {"url": "data:,x"}},
+    ]
+    details = [part.detail for part in parts([user(content)]) if isinstance(part, Picture)]
+    assert details == ["auto", "low", "high", "low", "auto"]
+    with pytest.raises(SeekVLError, match="'auto', 'low' or 'high', not 'fine'"):
+        Picture(RED, "fine")
+
+
 def test_short_tag_is_text_where_nothing_calls_for_it() -> None:
     assert parts([{"role": "User", "content": "what is <image> in HTML?"}]) == (
         Text("what is <image> in HTML?"),
@@ -149,6 +174,18 @@ BAD = {
     "image with two": ([user([{"type": "image", "url": "a", "path": "b"}])], "and has 2"),
     "image None": ([user([{"type": "image", "image": None}])], "not NoneType"),
     "image_url without url": ([user([{"type": "image_url", "image_url": {}}])], "not NoneType"),
+    "an unknown detail": (
+        [user([{"type": "image", "image": RED, "detail": "fine"}])],
+        "message 1, part 1 has the detail 'fine': use 'auto', 'low', 'high'",
+    ),
+    "an unknown detail of a URL": (
+        [user([{"type": "image_url", "image_url": {"url": "data:,x", "detail": None}}])],
+        "part 1 has the detail None",
+    ),
+    "a detail beside an image_url": (
+        [user([{"type": "image_url", "image_url": {"url": "data:,x"}, "detail": "low"}])],
+        "part 1 has the unknown key 'detail'",
+    ),
     "an array": ([user([{"type": "image", "image": np.zeros((2, 2))}])], "PIL.Image.fromarray"),
     "images a string": ([{**user("a"), "images": "x.png"}], "'images' of str"),
     "images beside parts": (

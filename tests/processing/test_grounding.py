@@ -1,93 +1,179 @@
-import numpy as np
-import pytest
-from PIL import Image
+"""Prompts, both parsers over the golden cases and the documented table, and thousands of odd strings."""
 
-from seekvl.processing.grounding import Box, draw_boxes, format_box, iou, parse_boxes, strip_marks
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import seekvl
+from seekvl.processing.grounding import (
+    TOP,
+    Box,
+    format_box,
+    format_boxes,
+    grounded,
+    in_context,
+    parse_boxes,
+    refer,
+    strip_marks,
+)
 from seekvl.runtime import SeekVLError
+
+ROOT = Path(__file__).parents[2]
+CASES = json.loads((ROOT / "tests" / "golden" / "grounding-parse" / "cases.json").read_text(encoding="utf-8"))
+COMPUTED = {"arithmetic expression", "True element"}
+"""Where the reference draws what it got by evaluating the answer as Python; we do not."""
 
 
 def marked(label: str, inner: str) -> str:
     return f"<|ref|>{label}<|/ref|><|det|>{inner}<|/det|>"
 
 
-def test_one_label_several_boxes() -> None:
-    text = (
-        "See "
-        + marked("two dogs", "[[1, 2, 3, 4], [5, 6, 999, 999]]")
-        + " and "
-        + marked("猫", "[[0,0,0,0]]")
-    )
-    assert parse_boxes(text, image=1) == [
-        Box("two dogs", 1, 2, 3, 4, 1),
-        Box("two dogs", 5, 6, 999, 999, 1),
-        Box("猫", 0, 0, 0, 0, 1),
-    ]
+def rows() -> list[tuple[str, ...]]:
+    """Read the table of docs/grounding.md: case, answer, tolerant, strict."""
+    text = (ROOT / "docs" / "grounding.md").read_text(encoding="utf-8")
+    lines = text.partition("| case |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    return [tuple(cell.strip().replace(r"\|", "|").replace(r"\n", "\n") for cell in row) for row in cells]
 
 
-MALFORMED = [
-    "",
-    "[[1, 2, 3]]",
-    "[[3, 2, 1, 4]]",
-    "[[1, 4, 3, 2]]",
-    "[[0, 0, 1000, 5]]",
-    "[[-1, 0, 5, 5]]",
-    "[[a, b, c, d]]",
-    "[[1e3, 2, 3, 4]]",
-    "[[5*2, 20, 30+1, 40]]",
-    "[[" + "9" * 5000 + ", 1, 2, 3]]",
-    "__import__('os')",
-]
+def strictly(text: str) -> tuple[list[Box] | None, str]:
+    """Read strictly; give what was read, or None and what was said against it."""
+    try:
+        return parse_boxes(text, strict=True), ""
+    except SeekVLError as error:
+        return None, str(error)
 
 
-@pytest.mark.parametrize("inner", MALFORMED)
-def test_malformed_boxes_are_left_out(inner: str) -> None:
-    good = marked("b", "[[1, 2, 3, 4]]")
-    assert parse_boxes(marked("a", inner) + good) == [Box("b", 1, 2, 3, 4)]
+def drawn(case: dict[str, object]) -> list[Box]:
+    """Make the boxes the reference drew, rounded as ours are."""
+    pairs = zip(case["labels"], case["boxes"], strict=True)  # type: ignore[call-overload]
+    return [Box(label, *(min(max(round(value), 0), TOP) for value in box[:4])) for label, box in pairs]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "plain",
-        "<|ref|>a<|/ref|>",
-        "<|ref|>a<|/ref|><|det|>[[1, 2, 3, 4]]",
-        "<|det|>[[1, 2, 3, 4]]<|/det|>",
-    ],
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+def test_the_documented_table(row: tuple[str, ...]) -> None:
+    _, answer, tolerant, strict = row
+    answer = answer.strip("`")
+    boxes = parse_boxes(answer)
+    said = "; ".join(f"{box.label}: {' '.join(map(str, box.corners))}" for box in boxes)
+    assert said == ("" if tolerant == "none" else tolerant)
+    if strict == "same":
+        assert parse_boxes(answer, strict=True) == boxes
+        return
+    place, _, wanted = strict.partition(": ")
+    with pytest.raises(SeekVLError) as error:
+        parse_boxes(answer, strict=True)
+    assert str(error.value).startswith(f"{place} of the answer: ")
+    assert wanted in str(error.value)
+
+
+@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["name"])
+def test_tolerant_finds_what_the_reference_draws(case: dict[str, object]) -> None:
+    boxes = parse_boxes(str(case["response"]))
+    if case["name"] in COMPUTED:
+        assert boxes == []
+    elif case["returned"] == "image" and case["boxes"]:
+        assert boxes == drawn(case)
+        width, height = case["image_size"]  # type: ignore[misc]
+        written, shown = case["boxes"], case["drawn_before_return"]
+        for box, numbers, there in zip(boxes, written, shown, strict=True):  # type: ignore[call-overload]
+            if list(box.corners) == numbers[:4]:  # neither rounded nor cut
+                assert list(box.pixel_ints(width, height)) == there["pixel_box"]
+
+
+@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["name"])
+def test_strict_reads_no_more_than_tolerant(case: dict[str, object]) -> None:
+    text = str(case["response"])
+    boxes, error = strictly(text)
+    if boxes is None:
+        assert re.match(r"letter \d+ of the answer: .+ must stand there, not ", error)
+    else:
+        assert boxes == parse_boxes(text)
+
+
+def test_the_reference_draws_these_pixels() -> None:
+    for case in CASES["rescale"]:
+        assert list(Box("", *case["box"]).pixel_ints(*case["image_size"])) == case["pixel_box"]
+
+
+MARKS = ["<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>"]
+SIGNS = ["[", "]", "[[", "]]", ", ", ",", " ", "\n", "<|", "|>", "\ud800", "\x00", "dog"]
+NUMBERS = ["0", "7", "999", "1000", "-5", "1.5", "007", "1e3", "９"]
+PARTS = st.sampled_from([*MARKS, *SIGNS, *NUMBERS])
+ODD = st.one_of(
+    st.text(),
+    st.lists(PARTS, max_size=40).map("".join),
+    st.lists(st.integers(-50, 1200), max_size=9).map(lambda numbers: marked("a", str([numbers]))),
+    st.lists(st.one_of(PARTS, st.text(max_size=5)), max_size=20).map(
+        lambda parts: marked("a", "".join(parts))
+    ),
 )
-def test_incomplete_marks(text: str) -> None:
-    assert parse_boxes(text) == []
 
 
-def test_tolerance() -> None:
-    assert parse_boxes(marked("a\nb", " [ [1 ,2, 3,4] ,\n[5,6,7,8]]")) == [
-        Box("a\nb", 1, 2, 3, 4),
-        Box("a\nb", 5, 6, 7, 8),
-    ]
-    for inner in ("[[1, 2, 3, 4, 7]]", "[[1, 2, 3, 4,]]", "[[1.2, 1.7, 3.0, 4.]]"):
-        assert parse_boxes(marked("a", inner)) == [Box("a", 1, 2, 3, 4)], inner
-    assert parse_boxes(marked(" a ", "[[1, 2, 3, 4]]")) == [Box(" a ", 1, 2, 3, 4)]
-    assert parse_boxes("<|ref|>a<|/ref|><|det|>[[9, 9, 9, 9]] " + marked("b", "[[1, 2, 3, 4]]")) == [
-        Box("b", 1, 2, 3, 4)
-    ]
-    assert parse_boxes(marked("a", "[1, 2, 3, 4]")) == [Box("a", 1, 2, 3, 4)]
-    assert parse_boxes("<|ref|>x <|ref|>a<|/ref|> <|det|>[[1, 2, 3, 4]]<|/det|>") == [Box("a", 1, 2, 3, 4)]
+def check(text: str) -> None:
+    """Neither parser gives an invalid box, the tolerant one never raises, and both agree where both read."""
+    boxes = parse_boxes(text)
+    for box in boxes:
+        assert Box(box.label, *box.corners) == box
+        assert all(type(value) is int for value in box.corners)
+    strip_marks(text)
+    strict, _ = strictly(text)
+    if strict is not None:
+        assert strict == boxes
+        assert parse_boxes(format_boxes(strict), strict=True) == boxes
 
 
-def test_format_is_the_inverse_of_parse() -> None:
+@given(ODD)
+@example("[" * 2000)
+@example(marked("a", "[[" + "9" * 5000 + ", 1, 2, 3]]"))
+@example(marked("a", "[" + "1," * 5000 + "]"))
+@settings(max_examples=300, deadline=None)
+def test_odd_strings(text: str) -> None:
+    check(text)
+
+
+@pytest.mark.slow
+@given(ODD)
+@settings(max_examples=10_000, deadline=None)
+def test_ten_thousand_odd_strings(text: str) -> None:
+    check(text)
+
+
+CORNER = st.tuples(st.integers(0, TOP), st.integers(0, TOP)).map(sorted)
+BOXES = st.lists(
+    st.builds(
+        lambda label, across, down: Box(label, across[0], down[0], across[1], down[1]),
+        st.sampled_from(["dog", "", " 小猫 ", "a < b <| c"]),
+        CORNER,
+        CORNER,
+    ),
+    min_size=1,
+)
+
+
+@given(BOXES)
+@settings(max_examples=100, deadline=None)
+def test_what_is_written_is_read(boxes: list[Box]) -> None:
+    text = f"I see {format_boxes(boxes)}."
+    assert parse_boxes(text, strict=True) == boxes
+    assert parse_boxes(text) == boxes
+
+
+def test_format() -> None:
     boxes = [Box("a", 1, 2, 3, 4), Box("a", 0, 0, 999, 999)]
     text = format_box("a", boxes)
     assert text == "<|ref|>a<|/ref|><|det|>[[1, 2, 3, 4], [0, 0, 999, 999]]<|/det|>"
-    assert parse_boxes(text) == boxes
+    assert text == format_boxes(boxes)
     assert format_box("a", [(1, 2, 3, 4)]) == "<|ref|>a<|/ref|><|det|>[[1, 2, 3, 4]]<|/det|>"
+    assert format_boxes([]) == ""
 
 
-@pytest.mark.parametrize(
-    "corners", [(5, 0, 4, 9), (0, 9, 4, 5), (-1, 0, 4, 9), (0, 0, 4, 1000), (0.5, 0, 4, 9)]
-)
-def test_impossible_boxes(corners: tuple[int, int, int, int]) -> None:
-    with pytest.raises(SeekVLError, match="whole numbers needed"):
-        Box("a", *corners)
+@pytest.mark.parametrize("corners", [(5, 0, 4, 9), (-1, 0, 4, 9), (0, 0, 4, 1000), (0.5, 0, 4, 9)])
+def test_impossible_boxes_are_not_written(corners: tuple[int, int, int, int]) -> None:
     with pytest.raises(SeekVLError, match="whole numbers needed"):
         format_box("a", [corners])
 
@@ -95,66 +181,45 @@ def test_impossible_boxes(corners: tuple[int, int, int, int]) -> None:
 def test_bad_formats() -> None:
     with pytest.raises(SeekVLError, match="at least one"):
         format_box("a", [])
-    with pytest.raises(SeekVLError, match="grounding mark"):
+    with pytest.raises(SeekVLError, match=r"grounding mark <\|/ref\|>"):
         format_box("a<|/ref|>", [(1, 2, 3, 4)])
+    with pytest.raises(SeekVLError, match="line break"):
+        format_box("a\nb", [(1, 2, 3, 4)])
 
 
-def test_pixels() -> None:
-    x1, y1, x2, y2 = Box("a", 243, 133, 606, 557).pixels(640, 480)
-    assert (int(x1), int(y1), int(x2), int(y2)) == (155, 63, 388, 267)  # as the published parser draws it
+def test_prompts() -> None:
+    assert refer("The giraffe at the back") == "<|ref|>The giraffe at the back<|/ref|>."
+    assert refer("cup", question="Find all the {}.") == "Find all the <|ref|>cup<|/ref|>."
+    assert grounded("Who?") == "<|grounding|>Who?"
+    assert grounded(refer("cup")) == "<|grounding|><|ref|>cup<|/ref|>."
+    assert in_context() == (
+        "<|grounding|>In the first image, an object within the red rectangle is marked. "
+        "Locate the object of the same category in the second image."
+    )
 
 
-def test_iou() -> None:
-    a = Box("a", 0, 0, 100, 100)
-    assert iou(a, a) == 1.0
-    assert iou(a, Box("b", 100, 0, 200, 100)) == 0.0
-    assert iou(a, Box("b", 300, 300, 400, 400)) == 0.0
-    assert iou(a, Box("b", 0, 0, 50, 100)) == 0.5
-    assert iou(Box("a", 1, 1, 1, 1), Box("b", 1, 1, 1, 1)) == 0.0
+def test_bad_prompts() -> None:
+    for phrase in (" ", "a\nb", "a<|ref|>"):
+        with pytest.raises(SeekVLError):
+            refer(phrase)
+    for question in ("Where?", "{} or {}", "<|det|>{}"):
+        with pytest.raises(SeekVLError):
+            refer("cup", question=question)
+    for question in ("", "<|grounding|>Who?"):
+        with pytest.raises(SeekVLError):
+            grounded(question)
+    with pytest.raises(SeekVLError, match="wanted is empty"):
+        in_context(wanted=" ")
 
 
 def test_strip_marks() -> None:
-    text = (
-        "<|grounding|>There is "
-        + marked("a dog", "[[1, 2, 3, 4]]")
-        + " and "
-        + marked("a cat", "[[1,2,3,4]]")
-        + "."
-    )
+    text = f"<|grounding|>There is {marked('a dog', '[[1, 2, 3, 4]]')} and {marked('a cat', '[[1,2,3,4]]')}."
     assert strip_marks(text) == "There is a dog and a cat."
     assert strip_marks("x <|ref|>a<|/ref|><|det|>[[1, 2") == "x a"
+    assert strip_marks("a<|/det|>") == "a"
     assert strip_marks("plain < text |>") == "plain < text |>"
 
 
-def test_drawing() -> None:
-    image = Image.new("RGBA", (200, 100), "white")
-    drawn = draw_boxes(image, [Box("dog", 250, 250, 750, 750), Box("cat", 0, 0, 999, 999)])
-    assert drawn.size == (200, 100)
-    assert drawn.mode == "RGB"
-    assert image.getpixel((50, 50)) == (255, 255, 255, 255)
-    assert drawn.getpixel((50, 60)) != (255, 255, 255)
-    assert drawn.getpixel((199, 50)) != (255, 255, 255)
-    assert drawn.getpixel((100, 60)) == (255, 255, 255)
-
-
-def test_drawing_leaves_the_original_alone() -> None:
-    image = Image.new("RGB", (50, 50), "white")
-    assert np.asarray(draw_boxes(image, [Box("a", 0, 0, 999, 999)])).min() < 255
-    assert np.asarray(image).min() == 255
-    assert np.array_equal(np.asarray(draw_boxes(image, [])), np.asarray(image))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (3, 200), (2000, 10)])
-def test_drawing_on_absurd_pictures(size: tuple[int, int]) -> None:
-    boxes = [
-        Box("a rather long label for this", 900, 900, 999, 999),
-        Box("", 0, 0, 0, 0),
-        Box("图", 5, 5, 9, 9),
-    ]
-    assert draw_boxes(Image.new("RGB", size), boxes).size == size
-
-
-def test_the_label_is_inside_the_picture() -> None:
-    drawn = np.asarray(draw_boxes(Image.new("RGB", (300, 200), "white"), [Box("label", 900, 900, 999, 999)]))
-    coloured = (drawn != 255).any(axis=2)
-    assert coloured[:, :269].any()  # the plate was moved left of the box, to fit
+def test_the_toolkit_is_public() -> None:
+    assert seekvl.grounding.parse_boxes is parse_boxes
+    assert all(getattr(seekvl.grounding, name) is not None for name in seekvl.grounding.__all__)

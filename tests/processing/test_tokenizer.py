@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from seekvl.processing.tokenizer import BOS, EOS, GROUNDING_MARKS, IMAGE, Tokenizer
+from seekvl.processing.tokenizer import (
+    BOS,
+    EOS,
+    GROUNDING_MARKS,
+    IMAGE,
+    VL2_ADDED,
+    VL2_IMAGE,
+    VL2_PAD,
+    Tokenizer,
+)
 from seekvl.runtime import SeekVLError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -85,6 +94,41 @@ def test_grounding_marks_are_words(tmp_path: Path, tokenizer: Tokenizer) -> None
     assert marked.token_id("<|grounding|>") == 688
     assert tokenizer.token_id("<|grounding|>") is None
     assert max(tokenizer.encode(text)) < 680
+
+
+def test_added_specials_follow_the_highest_id(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    vl2 = Tokenizer.from_file(FILE, image=VL2_IMAGE, pad=VL2_PAD, added=VL2_ADDED)
+    assert [vl2.token_id(name) for name in VL2_ADDED] == list(range(684, 693))
+    assert vl2.vocab_size == tokenizer.vocab_size + 9
+    assert (vl2.pad_id, vl2.image_id) == (684, 685)
+    text = "<|User|>: <image><|ref|>a<|/ref|>"
+    assert [token for token in vl2.encode(text) if token >= 680] == [686, 687]
+    assert [token for token in vl2.encode(text, specials=True) if token >= 680] == [691, 685, 686, 687]
+    assert vl2.decode([691, 686, 64, 687]) == "<|ref|>a<|/ref|>"
+    path = changed(tmp_path / "tokenizer.json", with_marks)
+    marked = Tokenizer.from_file(path, image=VL2_IMAGE, pad=VL2_PAD, added=VL2_ADDED)
+    assert [marked.token_id(name) for name in VL2_ADDED] == [689, 690, 684, 685, 686, 687, 688, 691, 692]
+
+
+def test_an_added_special_the_file_has_as_a_word_is_special(tmp_path: Path) -> None:
+    def with_word(content: dict[str, Any]) -> None:
+        first = content["added_tokens"][0]
+        content["added_tokens"].append({**first, "id": 684, "content": VL2_IMAGE, "special": False})
+
+    path = changed(tmp_path / "tokenizer.json", with_word)
+    with pytest.raises(SeekVLError, match="no special token '<image>'"):
+        Tokenizer.from_file(path, image=VL2_IMAGE)
+    known = Tokenizer.from_file(path, image=VL2_IMAGE, added=(VL2_IMAGE,))
+    assert known.image_id == 684
+    assert 684 not in known.encode("<image>")
+
+
+def test_a_worker_process_keeps_added_specials(tokenizer: Tokenizer) -> None:
+    vl2 = Tokenizer.from_file(FILE, image=VL2_IMAGE, pad=VL2_PAD, added=VL2_ADDED)
+    travelled = pickle.loads(pickle.dumps(vl2))
+    for specials in (True, False):
+        text = "<|User|>: <image><|det|>"
+        assert travelled.encode(text, specials=specials) == vl2.encode(text, specials=specials)
 
 
 def test_decode_equals_the_backend_and_the_stream(tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from seekvl.runtime import SeekVLError
 from seekvl.train.objective import ROW_STEP, next_token_loss
 from tests.train.conftest import ROWS, Toy, tiny_vl
 
@@ -85,3 +86,9 @@ def test_only_supervised_rows_pass_the_head() -> None:
     next_token_loss(model, batch)
     assert ROWS < ROW_STEP
     assert seen == [ROW_STEP]
+
+
+def test_pictures_prepared_for_the_other_family_are_refused() -> None:
+    batch = replace(Toy(pictures=True)(0), grids=((1, 1),))
+    with pytest.raises(SeekVLError, match="the batch holds tiles, which VL does not take"):
+        next_token_loss(tiny_vl(), batch)

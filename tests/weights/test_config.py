@@ -184,7 +184,7 @@ def test_picture_settings_may_stand_inside_the_processor_config(copy: Copy, edit
 
 
 WRONG = [
-    (SINGLE, "config.json", "model_type", "deepseek_vl_v2", "DeepSeek-VL2"),
+    (SINGLE, "config.json", "model_type", "deepseek_vl_v2", "vision_config: model_name is missing"),
     (SINGLE, "config.json", "model_type", "llava", "LLaVA"),
     (SINGLE, "config.json", "model_type", "DeepseekOCR", "DeepSeek-OCR"),
     (SINGLE, "config.json", "model_type", "gpt9", "'gpt9' is not DeepSeek-VL"),

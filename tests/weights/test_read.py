@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from seekvl.runtime import SeekVLError
+from seekvl.weights import read
 from seekvl.weights.config import read_config
+from seekvl.weights.key_map import KeyMap, Target
 from seekvl.weights.load import load_model
-from seekvl.weights.read import INDEX, SINGLE, read_folder, read_header
+from seekvl.weights.read import INDEX, SINGLE, load_tensors, read_folder, read_header
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Copy = Callable[[str], Path]
@@ -312,3 +314,104 @@ def test_large_weights_whose_sum_overflows(copy: Copy) -> None:
     change(folder, lambda tensors: tensors[EMBED].fill_(3e38))
     weight = load(folder).state_dict()["language.embed_tokens.weight"]
     assert weight.eq(3e38).all()
+
+
+EXPERT = "language.model.layers.1.mlp.experts.7.down_proj.weight"
+TILED = "model-00001-of-000001.safetensors"
+
+
+def change_tiled(folder: Path, how: Change) -> None:
+    """Change the tensors of a single shard, and its index with them."""
+    tensors = load_file(folder / TILED)
+    how(tensors)
+    save_file(tensors, folder / TILED)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, TILED)}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_experts_are_stacked_bit_for_bit(dtype: str) -> None:
+    folder = GOLDEN / "vl2-small-like"
+    state = load(folder, dtype=dtype).state_dict()
+    stored = {
+        key: value
+        for path in folder.glob("model*")
+        if path.suffix == ".safetensors"
+        for key, value in load_file(path).items()
+    }
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        stack = state[f"language.layers.2.mlp.experts.{name}"]
+        assert stack.shape[0] == 10
+        for index, expert in enumerate(stack):
+            wanted = stored[f"language.model.layers.2.mlp.experts.{index}.{name}.weight"]
+            assert torch.equal(expert, wanted.to(getattr(torch, dtype)))
+    assert torch.equal(state["view_separator"], stored["view_seperator"].to(getattr(torch, dtype)))
+    assert not any(value.is_meta for value in state.values())
+
+
+FAULTS: list[tuple[Change, str]] = [
+    (lambda tensors: tensors.pop(EXPERT), f"1 tensors missing: {EXPERT}"),  # type: ignore[arg-type, return-value]
+    (lambda tensors: tensors.update({EXPERT.replace(".7.", ".8."): tensors[EXPERT].clone()}), "not known: "),
+    (lambda tensors: tensors.update({EXPERT: torch.ones(64, 47)}), r"\[64, 47\] instead of \[64, 48\]"),
+    (lambda tensors: tensors[EXPERT].view(-1)[5].fill_(float("nan")), f"tensor {EXPERT} has 1 values"),  # type: ignore[func-returns-value]
+    (lambda tensors: tensors.pop("view_seperator"), "missing: view_seperator"),  # type: ignore[arg-type, return-value]
+    (lambda tensors: tensors.update({"tile_indicators": torch.ones(24, 64)}), "not known: tile_indicators"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(FAULTS)))
+def test_one_wrong_expert_of_many_is_named(copy: Copy, index: int) -> None:
+    folder = copy("vl2-tiny-like")
+    how, message = FAULTS[index]
+    change_tiled(folder, how)
+    with pytest.raises(SeekVLError, match=message):
+        load(folder)
+
+
+def test_weights_of_another_size_do_not_fit(copy: Copy) -> None:
+    folder = copy("vl2-tiny-like")
+    other = GOLDEN / "vl2-small-like"
+    with pytest.raises(SeekVLError, match="do not fit the official layout"):
+        load_model(other, config=read_config(folder), device="cpu", dtype="float32")
+
+
+class _Layers(torch.nn.Module):
+    """Two layers of 16 experts of 4 MB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ParameterList(torch.empty(16, 512, 2048, device="meta") for _ in range(2))
+
+
+def test_stacking_experts_takes_the_weights_and_one_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {
+        f"{layer}.{index}": torch.full((512, 2048), 1.0 + index) for layer in (0, 1) for index in range(16)
+    }
+    save_file(tensors, tmp_path / SINGLE)
+    del tensors
+    targets = {
+        f"{layer}.{index}": Target(parameter=f"layers.{layer}", operation="expert", index=index)
+        for layer in (0, 1)
+        for index in range(16)
+    }
+    key_map = KeyMap(layout="official", targets=targets, unused={}, prefixes={})
+    seen: list[float] = []
+    checked = read.require_finite
+
+    def watched(filled: torch.Tensor, *, key: str, source: torch.Tensor) -> None:
+        checked(filled, key=key, source=source)
+        seen.append(_resident_mb())
+
+    monkeypatch.setattr(read, "require_finite", watched)
+    model, before = _Layers(), _resident_mb()
+    load_tensors(model, tmp_path, key_map=key_map, dtype=torch.float32, device=torch.device("cpu"))
+    assert [layer[5, 0, 0].item() for layer in model.layers] == [6.0, 6.0]
+    assert max(seen) - before < 128 + 4 + 12  # MB: all experts, one in the file, and some slack
+
+
+def _resident_mb() -> float:
+    """Memory of this process, mapped files included; 0 where the kernel does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))

@@ -194,3 +194,48 @@ def test_what_a_layout_cannot_say_is_refused(tmp_path: Path, monkeypatch: pytest
     deep = replace(source, adaptor=AdaptorConfig(kind="mlp_gelu", input_width=64, width=80, depth=3))
     with pytest.raises(SeekVLError, match="no place for an adaptor 'mlp_gelu' of depth 3"):
         transformers_map(deep)
+
+
+TILED = ["vl2-tiny-like", "vl2-small-like", "vl2-base-like"]
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 300_000])
+@pytest.mark.parametrize("name", TILED)
+def test_round_trip_of_stacked_experts_gives_the_published_tensors(
+    name: str, shard_bytes: int, tmp_path: Path
+) -> None:
+    source = load(GOLDEN / name, dtype="float32")
+    wanted = stored(GOLDEN / name)
+    unused = {key: wanted[key] for key in layout_map(source.config).unused}
+    save(
+        source,
+        tmp_path / "saved",
+        dtype=source.config.dtype,
+        shard_bytes=shard_bytes,
+        unused=unused,
+    )
+    found = stored(tmp_path / "saved")
+    assert found.keys() == wanted.keys()
+    assert all(
+        torch.equal(found[key], wanted[key]) and found[key].dtype == wanted[key].dtype for key in wanted
+    )
+    assert (len(list((tmp_path / "saved").glob("*.safetensors"))) > 1) == (shard_bytes < 10**9)
+    back = load(tmp_path / "saved", dtype="float32")
+    assert equal(source.model, back.model)
+    assert (back.config.model, back.config.image) == (source.config.model, source.config.image)
+    assert (back.config.template, back.config.specials) == (source.config.template, source.config.specials)
+    assert back.processor.tokenizer.image_id == source.processor.tokenizer.image_id
+
+
+def test_the_correction_bias_is_kept(tmp_path: Path) -> None:
+    source = load(GOLDEN / "vl2-base-like")
+    save(source, tmp_path / "saved")
+    key = "language.model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(stored(tmp_path / "saved")[key], stored(GOLDEN / "vl2-base-like")[key])
+
+
+def test_the_transformers_layout_has_no_vl2(tmp_path: Path) -> None:
+    source = load(GOLDEN / "vl2-small-like")
+    with pytest.raises(SeekVLError, match="the transformers layout has no DeepSeek-VL2"):
+        save(source, tmp_path / "saved", layout="transformers")
+    assert not (tmp_path / "saved").exists()

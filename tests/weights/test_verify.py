@@ -48,6 +48,9 @@ NAMES = [
     "vl1-hybrid",
     "transformers-layout/deepseek_vl",
     "transformers-layout/deepseek_vl_hybrid",
+    "vl2-tiny-like",
+    "vl2-small-like",
+    "vl2-base-like",
 ]
 
 
@@ -138,3 +141,21 @@ def test_self_check_is_made_of_the_golden_files() -> None:
             assert path.read_bytes() == (golden / path.name).read_bytes(), path.name
     wanted, found = load_file(golden / "cases.safetensors"), load_file(SELFCHECK / "expected.safetensors")
     assert all(torch.equal(found[key], wanted[key]) for key in found)
+
+
+def test_a_tiled_family_says_what_its_smallest_picture_costs() -> None:
+    details = {check.name: check.detail for check in verify_folder(GOLDEN / "vl2-small-like").checks}
+    assert "pictures in tiles of 76 px, at least 25 tokens" in details["config"]
+    assert "13 known to be unused" in details["keys"]
+    assert "picture 643" in details["tokenizer"]
+
+
+def test_one_damaged_expert_of_many_is_named(copy: Copy) -> None:
+    folder = copy("vl2-small-like")
+    key = "language.model.layers.2.mlp.experts.9.up_proj.weight"
+    path = next(path for path in folder.glob("*.safetensors") if key in load_file(path))
+    tensors = load_file(path)
+    tensors[key][3, 4] = float("inf")
+    save_file(tensors, path)
+    assert list(failures(folder)) == ["numbers"]
+    assert key in failures(folder)["numbers"]
