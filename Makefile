@@ -25,6 +25,7 @@ $(VENV)/.dev: $(VENV)/.base
 
 demo: $(VENV)/.base
 	$(BIN)/seekvl ask examples/chart.png "Which bar is tallest?"
+	$(BIN)/seekvl ask examples/sign.png "What does the sign say?"
 	$(BIN)/seekvl ask examples/sign.png "Where is the sign?" --draw examples/sign-answer.png
 
 check: $(VENV)/.dev

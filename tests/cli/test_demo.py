@@ -27,15 +27,15 @@ def unseen(kind: str, index: int, *, folder: Path) -> tuple[Path, str, str]:
 
 
 def test_right_answers_about_unseen_pictures(run: Run, tmp_path: Path) -> None:
-    """Guessing gives 3 to 4 of 24; `seekvl eval nano` measured 14 to 15 (README)."""
+    """Guessing gives 3 to 4 of 32; `seekvl eval nano` measured 27 to 28 (README)."""
     right = 0
-    for kind in ("colour", "shape", "count"):
+    for kind in ("colour", "shape", "count", "read"):
         for index in range(ASKED):
             picture, question, answer = unseen(kind, index, folder=tmp_path)
             result = run("ask", picture, question, "--device", "cpu")
             assert result.exit_code == 0, result.output
             right += result.stdout.splitlines()[0].strip().lower() == answer.strip().lower()
-    assert right >= 9
+    assert right >= 22
 
 
 def test_boxes_are_well_formed_named_and_drawn(run: Run, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_boxes_are_well_formed_named_and_drawn(run: Run, tmp_path: Path) -> None
             assert drawn.size == original.size
             assert drawn.tobytes() != original.convert("RGB").tobytes()
         out.unlink()
-    assert boxed >= ASKED - 3
+    assert boxed >= ASKED - 2
 
 
 def test_no_mark_of_a_box_reaches_the_reader(run: Run, tmp_path: Path) -> None:
