@@ -221,7 +221,15 @@ def work(args: argparse.Namespace) -> Measured:
 
 
 def peak_memory() -> float:
-    """Return the largest resident memory this process had, GiB."""
+    """Return the largest resident memory this process had, GiB.
+
+    Linux hands `ru_maxrss` of the parent on to a new program, so that a parent who has just written the
+    weights would be measured instead; the status file starts anew.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**20
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -120,6 +120,7 @@ def choose_grid(width: int, height: int, *, grids: Sequence[Grid], tile: int) ->
         raise SeekVLError(f"a picture of {width}x{height} px is zero-sized")
 
     def kept_and_spared(grid: Grid) -> tuple[int, int]:
+        """Return the px of the picture that a canvas keeps, and those it wastes as a negative number."""
         across, down = grid[0] * tile, grid[1] * tile
         scale = min(across / width, down / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
