@@ -149,7 +149,7 @@ def make_checkpoint(folder: Path, *, tiny: bool) -> None:
     """Write random bfloat16 weights in the transformers layout, unless the folder holds them already."""
     import torch
 
-    from seekvl.models.vl import on_meta
+    from seekvl.models.vl2 import on_meta
     from seekvl.runtime import torch_generator
     from seekvl.weights.config import CheckpointConfig
     from seekvl.weights.save import save_checkpoint

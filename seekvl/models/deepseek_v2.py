@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from seekvl.models.llama import Attention, CacheShape, LayerCache, Mlp, RmsNorm, rotary_table
+from seekvl.models.llama import Attention, CacheShape, LayerCache, Mlp, RmsNorm, check_heads, rotary_table
 from seekvl.models.mla import Mla, MlaConfig
 from seekvl.models.moe import Moe, MoeConfig, RouterRecord
 from seekvl.runtime import SeekVLError
@@ -45,7 +45,7 @@ class DeepseekV2Config:
 
     def __post_init__(self) -> None:
         if self.mla is None:
-            self._check_plain_attention()
+            check_heads("DeepSeek-V2", width=self.width, heads=self.heads, kv_heads=self.kv_heads)
         elif self.kv_heads != self.heads:
             raise SeekVLError(
                 f"DeepSeek-V2: latent attention gives each of the {self.heads} heads its own key and value, "
@@ -55,19 +55,6 @@ class DeepseekV2Config:
             raise SeekVLError(
                 f"DeepSeek-V2: moe_every {self.moe_every} must be at least 1 and dense_first "
                 f"{self.dense_first} at least 0"
-            )
-
-    def _check_plain_attention(self) -> None:
-        """Refuse heads that cannot be."""
-        if self.width % self.heads:
-            raise SeekVLError(f"DeepSeek-V2 width {self.width} is not divisible by its {self.heads} heads")
-        if self.heads % self.kv_heads:
-            raise SeekVLError(
-                f"DeepSeek-V2: {self.heads} heads cannot share {self.kv_heads} key-value heads evenly"
-            )
-        if self.head_width % 2:
-            raise SeekVLError(
-                f"DeepSeek-V2 heads are {self.head_width} wide; rotary positions need an even width"
             )
 
     @property

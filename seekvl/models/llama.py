@@ -18,6 +18,17 @@ from torch import Tensor, nn
 
 from seekvl.runtime import SeekVLError
 
+
+def check_heads(name: str, *, width: int, heads: int, kv_heads: int) -> None:
+    """Raise SeekVLError for heads that plain attention cannot have; `name` says whose they are."""
+    if width % heads:
+        raise SeekVLError(f"{name} width {width} is not divisible by its {heads} heads")
+    if heads % kv_heads:
+        raise SeekVLError(f"{name}: {heads} heads cannot share {kv_heads} key-value heads evenly")
+    if width // heads % 2:
+        raise SeekVLError(f"{name} heads are {width // heads} wide; rotary positions need an even width")
+
+
 CacheShape = tuple[tuple[int, int], tuple[int, int]]
 """(heads, width) of what stands in the place of the keys, and of what stands in that of the values."""
 
@@ -40,14 +51,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise SeekVLError(f"LLaMA width {self.width} is not divisible by its {self.heads} heads")
-        if self.heads % self.kv_heads:
-            raise SeekVLError(
-                f"LLaMA: {self.heads} heads cannot share {self.kv_heads} key-value heads evenly"
-            )
-        if self.head_width % 2:
-            raise SeekVLError(f"LLaMA heads are {self.head_width} wide; rotary positions need an even width")
+        check_heads("LLaMA", width=self.width, heads=self.heads, kv_heads=self.kv_heads)
 
     @property
     def head_width(self) -> int:

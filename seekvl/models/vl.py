@@ -4,12 +4,9 @@ Letters: b rows, t tokens, n pictures, s slots a picture, S side of a picture in
 vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from seekvl.models.adaptor import Adaptor, AdaptorConfig
 from seekvl.models.hybrid import Hybrid, HybridConfig
@@ -140,27 +137,3 @@ class VL(nn.Module):
             features = self.encode_pictures(pixels, low_pixels=low_pixels, normalized=normalized)
         embeds = self.embed(input_ids, image_mask=image_mask, image_features=features)
         return self.head(self.hidden(embeds, positions=positions, mask=mask))
-
-
-class Unfilled(TorchFunctionMode):
-    """Skips the initialisation of new parameters: on the meta device it changes nothing, yet its first call
-    makes torch import its compiler, which takes a second and 100 MB.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Iterable[type],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        given = kwargs or {}
-        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
-            return args[0] if args else given["tensor"]
-        return func(*args, **given)
-
-
-def on_meta(config: VLConfig) -> VL:
-    """Build the network without memory: every parameter has a shape and a dtype, none has numbers yet."""
-    with torch.device("meta"), Unfilled():
-        return VL(config)

@@ -13,20 +13,21 @@ Letters: b rows, t tokens, n tiles, S side of a tile in px, g features along a s
 width, v vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, overload
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from seekvl.models.adaptor import Adaptor, AdaptorConfig
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.llama import LayerCache
 from seekvl.models.moe import RouterRecord
 from seekvl.models.siglip import Siglip, SiglipConfig
-from seekvl.models.vl import VL, Unfilled, VLConfig, splice
+from seekvl.models.vl import VL, VLConfig, splice
 from seekvl.runtime import SeekVLError
 
 Grid = tuple[int, int]
@@ -162,13 +163,31 @@ AnyVL: TypeAlias = VL | VL2
 AnyConfig: TypeAlias = VLConfig | VL2Config
 
 
+class _Unfilled(TorchFunctionMode):
+    """Skips the initialisation of new parameters: on the meta device it changes nothing, yet its first call
+    makes torch import its compiler, which takes a second and 100 MB.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        given = kwargs or {}
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
 @overload
 def on_meta(config: VLConfig) -> VL: ...
 @overload
 def on_meta(config: VL2Config) -> VL2: ...
 def on_meta(config: AnyConfig) -> AnyVL:
     """Build the network without memory: every parameter has a shape and a dtype, none has numbers yet."""
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"), _Unfilled():
         return VL(config) if isinstance(config, VLConfig) else VL2(config)
 
 

@@ -287,12 +287,16 @@ def _write_siglip(config: SiglipConfig) -> dict[str, object]:
         "patch_size": preset.patch_size,
     }
     params |= {key: value for key, value in mine.items() if value != theirs[key]}
-    ratio = config.mlp_width / config.width
-    if int(config.width * ratio) != config.mlp_width:
-        ratio = (config.mlp_width + 0.5) / config.width
-    if config.mlp_width != int(config.width * MLP_RATIOS[name]):
+    ratio = written_ratio(config, name=name)
+    if ratio != MLP_RATIOS[name]:
         params["mlp_ratio"] = ratio
     return params | _write_norm(config)
+
+
+def written_ratio(config: SiglipConfig, *, name: str) -> float:
+    """Return the `mlp_ratio` that gives a tower's MLP width back: the preset's own where that does."""
+    ratios = (MLP_RATIOS[name], config.mlp_width / config.width, (config.mlp_width + 0.5) / config.width)
+    return next(ratio for ratio in ratios if int(config.width * ratio) == config.mlp_width)
 
 
 def _write_sam(config: SamConfig) -> dict[str, object]:

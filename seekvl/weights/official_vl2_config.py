@@ -16,7 +16,7 @@ from seekvl.models.vl2 import Grid, VL2Config
 from seekvl.presets import CHECKPOINTS, HALF, SIGLIP_TOWERS
 from seekvl.processing.tile_image import TileImageConfig
 from seekvl.runtime import SeekVLError
-from seekvl.weights.official_config import BOOKKEEPING, MLP_RATIOS
+from seekvl.weights.official_config import BOOKKEEPING, MLP_RATIOS, written_ratio
 from seekvl.weights.section import Section
 
 LANGUAGE_IGNORED = BOOKKEEPING | {
@@ -58,6 +58,9 @@ VISION_FIXED: dict[str, object] = {
     "num_classes": 0,
 }
 """A tower whose patch tokens are taken and whose pooling head is left aside."""
+
+TOWER = "siglip_so400m_patch14_384"
+"""The tower of every published DeepSeek-VL2."""
 
 PROCESSOR_IGNORED = {
     "processor_class": "the class a library would build",
@@ -337,11 +340,6 @@ def write_vl2(config: VL2Config, *, grids: tuple[Grid, ...], dtype: str) -> dict
             f"the official layout of DeepSeek-VL2 cannot say a tower with gelu {vision.gelu!r}, norm_eps "
             f"{vision.norm_eps} and pixel_mean {vision.pixel_mean}: it knows 'tanh', 1e-06 and None"
         )
-    ratio = vision.mlp_width / vision.width
-    if int(vision.width * ratio) != vision.mlp_width:
-        ratio = (vision.mlp_width + 0.5) / vision.width
-    if vision.mlp_width == int(vision.width * 3.7362):
-        ratio = 3.7362  # as published
     return {
         "candidate_resolutions": write_grids(grids, side=config.image_size),
         "global_view_pos": "head" if config.global_first else "tail",
@@ -363,8 +361,8 @@ def write_vl2(config: VL2Config, *, grids: tuple[Grid, ...], dtype: str) -> dict
             "heads": vision.heads,
             "image_size": vision.image_size,
             "layers": vision.layers,
-            "mlp_ratio": ratio,
-            "model_name": "siglip_so400m_patch14_384",
+            "mlp_ratio": written_ratio(vision, name=TOWER),
+            "model_name": TOWER,
             "model_type": "vision",
             "patch_size": vision.patch_size,
             "width": vision.width,

@@ -154,9 +154,9 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _stored(path: Path, key: str, value: object, *, start: int) -> StoredTensor:
     """Turn one header entry into a place, checking that bytes, shape and dtype fit."""
-    if not isinstance(value, dict):
-        raise SeekVLError(f"{path}: the header entry of {key!r} is garbled: download it again")
     try:
+        if not isinstance(value, dict):
+            raise TypeError(f"{type(value).__name__} instead of an object")
         dtype, shape = value["dtype"], tuple(int(side) for side in value["shape"])
         first, last = (int(offset) for offset in value["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:

@@ -10,7 +10,8 @@ from seekvl.models.hybrid import HybridConfig
 from seekvl.models.llama import LlamaConfig
 from seekvl.models.sam import SamConfig
 from seekvl.models.siglip import SiglipConfig
-from seekvl.models.vl import VL, VLConfig, on_meta
+from seekvl.models.vl import VL, VLConfig
+from seekvl.models.vl2 import on_meta
 from seekvl.runtime import SeekVLError
 
 HALF = (0.5, 0.5, 0.5)
@@ -131,7 +132,7 @@ def test_on_meta_takes_no_memory() -> None:
 
 def test_building_without_memory_does_not_import_the_compiler() -> None:
     program = (
-        "import sys; from seekvl.models.vl import on_meta; from seekvl.presets import VL_1B\n"
+        "import sys; from seekvl.models.vl2 import on_meta; from seekvl.presets import VL_1B\n"
         "model = on_meta(VL_1B.model)\n"
         "assert all(parameter.is_meta for parameter in model.parameters())\n"
         "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules\n"

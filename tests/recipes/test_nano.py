@@ -6,7 +6,8 @@ import torch
 
 from seekvl.corpus import nano as corpus
 from seekvl.models.hybrid import Hybrid
-from seekvl.models.vl import VL, on_meta
+from seekvl.models.vl import VL
+from seekvl.models.vl2 import on_meta
 from seekvl.processing.conversation import Conversation, Message, Text
 from seekvl.processing.encode import Processor
 from seekvl.processing.grounding import format_box
