@@ -130,8 +130,12 @@ def waves(cells: int, width: int) -> Tensor:
     return 0.5 * torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
-PLACES = (0.1, 0.5, 1.0)
-"""Weight of a digit of a box, by the digits of its number that follow: units, tens, hundreds."""
+PLACES = (2.0, 1.0, 0.2, 0.2)
+"""Weight of a token inside a box, by how many digits stand right before it: hundreds, tens, units, end.
+
+What may stand at one place must weigh the same. By the digits that follow, the comma after a short number
+would weigh ten times the third digit of a long one, and every number would end after two.
+"""
 
 
 def weigh_answers(inputs: ModelInput, *, tokenizer: Tokenizer) -> ModelInput:
@@ -141,8 +145,8 @@ def weigh_answers(inputs: ModelInput, *, tokenizer: Tokenizer) -> ModelInput:
     By tokens, the digits of boxes would be most of what there is to learn, and "red" next to nothing; by
     answers, a digit would count a tenth of "red", and boxes come last or never.
 
-        answer     red <eos>     <ref> red circle </ref> <det> [[ 1 2 0 , ...
-        weights    .7   .7       .2    .2  .2     .2     .2    .2 .2 .1 .02
+        answer     red <eos>     <ref> red circle </ref> <det> [[ 1  2  0   , ...
+        weights    .7   .7       .2    .2  .2     .2     .4    .4 .4 .2 .04 .04
     """
     assert inputs.loss_weights is not None
     counted = inputs.loss_weights > 0
@@ -153,15 +157,16 @@ def weigh_answers(inputs: ModelInput, *, tokenizer: Tokenizer) -> ModelInput:
 
 
 def _places(ids: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Return f32[t], the weight of each token by its place in a number of a box; 1 for every other token."""
+    """Return f32[t], the weight of each token by its place in a number of a box; 1 outside of boxes."""
     opened, closed = (ids.eq(tokenizer.encode(mark)[0]) for mark in ("<|det|>", "<|/det|>"))
     inside = opened.cumsum(0) > closed.cumsum(0)
     digit = torch.isin(ids, torch.tensor([tokenizer.encode(str(digit))[0] for digit in range(10)])) & inside
-    none = torch.zeros(1, dtype=torch.bool)
-    one = digit & torch.cat((digit[1:], none))  # at least one follows
-    two = one & torch.cat((one[1:], none))
-    places = torch.tensor(PLACES)[one.long() + two.long()]
-    return torch.where(digit, places, 1.0)
+    before = torch.zeros_like(ids)  # t: digits right before, at most 3
+    run = torch.ones_like(digit)
+    for back in range(1, len(PLACES)):
+        run = run & torch.cat((torch.zeros(back, dtype=torch.bool), digit))[: len(digit)]
+        before += run
+    return torch.where(inside, torch.tensor(PLACES)[before], 1.0)
 
 
 @dataclass(frozen=True, slots=True)

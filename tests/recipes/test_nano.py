@@ -115,27 +115,42 @@ def test_long_answers_count_more_than_short_ones_but_not_by_their_length(prepare
     assert len(lengths) > 1
     for answer in answers:
         if answer[0] > 0:
-            assert answer.max().item() == pytest.approx(len(answer) ** -0.5)
+            assert answer[0].item() == pytest.approx(len(answer) ** -0.5)
 
 
 def test_late_digits_of_a_box_hardly_count(prepare: Processor) -> None:
-    turns = (
-        Message("user", (Text("7 or 203?"),)),
-        Message("assistant", (Text(format_box("7", [(7, 45, 203, 999)])),)),
-    )
-    encoded = prepare.encode(Conversation(turns), train=True)
-    weighed = nano.weigh_answers(encoded, tokenizer=prepare.tokenizer).loss_weights
-    assert weighed is not None
-    pairs = [
-        (prepare.tokenizer.decode([token]), round(weight / weighed.max().item(), 2))
-        for token, weight in zip(encoded.input_ids.tolist(), weighed.tolist(), strict=True)
-        if weight > 0
-    ]
-    digits = [(text, weight) for text, weight in pairs if text.strip().isdigit()]
-    label, *numbers = digits
+    pairs = _weighed(prepare, box=(7, 45, 203, 999), label="7")
+    label, *numbers = [(text, weight) for text, weight in pairs if text.strip().isdigit()]
     assert label == ("7", 1.0)
     assert "".join(text for text, _ in numbers) == "745203999"
-    assert [weight for _, weight in numbers] == [0.1, 0.5, 0.1, 1.0, 0.5, 0.1, 1.0, 0.5, 0.1]
+    assert [weight for _, weight in numbers] == [2.0, 2.0, 1.0, 2.0, 1.0, 0.2, 2.0, 1.0, 0.2]
+
+
+def test_what_may_follow_the_same_digits_weighs_the_same(prepare: Processor) -> None:
+    after = {}
+    for x1 in (4, 45, 456):
+        pairs = _weighed(prepare, box=(x1, 5, 600, 700), label="star")
+        first = [text for text, _ in pairs].index("[[") + 1
+        for place in range(len(str(x1)) + 1):
+            after.setdefault(place, set()).add(pairs[first + place][1])
+    assert after == {0: {2.0}, 1: {1.0}, 2: {0.2}, 3: {0.2}}
+
+
+def _weighed(prepare: Processor, *, box: tuple[int, int, int, int], label: str) -> list[tuple[str, float]]:
+    """Return the tokens of an answer with one box, each with its weight beside the label's."""
+    turns = (
+        Message("user", (Text("Where?"),)),
+        Message("assistant", (Text(format_box(label, [box])),)),
+    )
+    encoded = prepare.encode(Conversation(turns), train=True)
+    weights = nano.weigh_answers(encoded, tokenizer=prepare.tokenizer).loss_weights
+    assert weights is not None
+    counted = weights > 0
+    label_weight = weights[counted][0].item()
+    return [
+        (prepare.tokenizer.decode([token]), round(weight / label_weight, 2))
+        for token, weight in zip(encoded.input_ids[counted].tolist(), weights[counted].tolist(), strict=True)
+    ]
 
 
 def _runs(mask: torch.Tensor) -> list[int]:
