@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seekvl.engine.choices import Constrain
 from seekvl.engine.generate import generate
 from seekvl.engine.prefix import Prefix
 from seekvl.engine.request import (
     Completion,
-    Constrain,
     FinishReason,
     Piece,
     Request,
@@ -48,7 +48,11 @@ class Answer:
     token_ids: list[int]
     """As generated, without the end token."""
     boxes: list[Box]
-    """Boxes the text names, in 0..999 of the original picture."""
+    """Boxes the text names, in 0..999 of the original picture.
+
+    A text does not say which picture it means. The reference draws on the last one of the conversation, and
+    so it is here: `Box.image` is its index, 0 where there was none.
+    """
     finish_reason: FinishReason
     """"stop", "length" or "cancelled"."""
     usage: Usage
@@ -329,6 +333,7 @@ class Session:
         self.messages: tuple[Message, ...] = ()
         """The turns so far: user and assistant in turn."""
         self._prefix = Prefix(vlm.model)
+        self._asked = 0
 
     def ask(
         self,
@@ -349,7 +354,11 @@ class Session:
         params: SamplingParams | None = None,
         cancel: Cancel = None,
     ) -> Generator[Piece, None, None]:
-        """Answer the next question piece by piece, as `VLM.stream` does."""
+        """Answer the next question piece by piece, as `VLM.stream` does.
+
+        An answer that is not at its end when the next question is asked has lost its place in the cache, and
+        raises SeekVLError when it is drawn from again.
+        """
         limits = self.vlm.processor.limits
         opened = [open_picture(source, limits=limits) for source in _sources(images)]
         turn = user_message(question, opened)
@@ -357,16 +366,25 @@ class Session:
         pieces = self.vlm._stream(
             conversation, params or SamplingParams(), prefix=self._prefix, cancel=cancel
         )
-        return self._keep(turn, pieces)
+        self._asked += 1
+        return self._keep(turn, pieces, number=self._asked)
 
     def reset(self) -> None:
         """Forget the conversation; the system prompt stays."""
         self.messages = ()
+        self._asked += 1
         self._prefix.clear()
 
-    def _keep(self, turn: Message, pieces: Iterator[Piece]) -> Generator[Piece, None, None]:
+    def _keep(self, turn: Message, pieces: Iterator[Piece], *, number: int) -> Generator[Piece, None, None]:
         """Pass pieces on, and take the turn into the conversation when its answer is whole."""
-        for piece in pieces:
+        done = None
+        while done is None:
+            if number != self._asked:
+                raise SeekVLError(
+                    "this session was asked again or reset before the answer was at its end; draw all pieces "
+                    "of an answer before the next question, or start a session for each"
+                )
+            piece = next(pieces)
             done = piece.completion
             if done is not None and done.finish_reason != "cancelled" and done.text.strip():
                 self.messages += (turn, Message("assistant", (Text(done.text),)))
@@ -407,11 +425,11 @@ def user_message(question: str, images: Source | Sequence[Source] = ()) -> Messa
 
 
 def answer_of(completion: Completion) -> Answer:
-    """Turn what the engine made into an answer with boxes."""
+    """Turn what the engine made into an answer with boxes, which lie in the last picture."""
     return Answer(
         text=completion.text,
         token_ids=list(completion.token_ids),
-        boxes=parse_boxes(completion.text),
+        boxes=parse_boxes(completion.text, image=max(completion.pictures - 1, 0)),
         finish_reason=completion.finish_reason,
         usage=completion.usage,
         timings=completion.timings,

@@ -15,6 +15,7 @@ from PIL import Image
 import seekvl
 from seekvl import vlm as vlm_module
 from seekvl.engine.request import Completion, SamplingParams, Timings, Usage
+from seekvl.processing import grounding
 from seekvl.processing.encode import Processor
 from seekvl.processing.template import DEEPSEEK
 
@@ -170,11 +171,15 @@ def test_boxes_are_read_from_the_text() -> None:
     completion = Completion(
         token_ids=(1,),
         text="<|ref|>the cup<|/ref|><|det|>[[10, 20, 30, 40]]<|/det|>",
+        pictures=1,
         finish_reason="stop",
         usage=Usage(prompt_tokens=1, image_tokens=0, completion_tokens=1, cached_tokens=0),
         timings=Timings(preprocess=0, vision=0, prefill=0, decode=0),
     )
     assert vlm_module.answer_of(completion).boxes == [seekvl.Box("the cup", 10, 20, 30, 40)]
+    for pictures, image in ((0, 0), (2, 1), (5, 4)):
+        (box,) = vlm_module.answer_of(replace(completion, pictures=pictures)).boxes
+        assert box == seekvl.Box("the cup", 10, 20, 30, 40, image)
 
 
 def test_a_session_equals_the_whole_conversation_each_time(vlm: seekvl.VLM) -> None:
@@ -212,6 +217,33 @@ def test_a_turn_that_is_not_finished_is_not_kept(vlm: seekvl.VLM) -> None:
         session.ask("Hello?", images="missing.png")
     assert session.messages == ()
     assert session.ask("Hello?", params=params).token_ids == vlm.ask([], "Hello?", max_new_tokens=6).token_ids
+
+
+def test_an_answer_that_was_overtaken_says_so(vlm: seekvl.VLM) -> None:
+    session, params = vlm.session(), SamplingParams(max_new_tokens=6)
+    first = session.stream("Hello?", params=params)
+    next(first)
+    second = session.stream("What is this?", images=PICTURE, params=params)
+    with pytest.raises(seekvl.SeekVLError, match="asked again or reset"):
+        next(first)
+    ids = [piece.token_id for piece in second]
+    assert ids[:6] == vlm.chat(shown(PICTURE), max_new_tokens=6).token_ids
+    assert len(session.messages) == 2
+    third = session.stream("And now?", params=params)
+    session.reset()
+    with pytest.raises(seekvl.SeekVLError, match="asked again or reset"):
+        next(third)
+    assert session.messages == ()
+
+
+def test_asking_on_at_the_last_piece_is_in_time(vlm: seekvl.VLM) -> None:
+    session, params = vlm.session(), SamplingParams(max_new_tokens=4)
+    answers = []
+    for piece in session.stream("Hello?", params=params):
+        if piece.completion is not None:
+            answers.append(session.ask("And now?", params=params))
+    assert len(session.messages) == 4
+    assert len(answers[0].token_ids) == 4
 
 
 def test_reset_and_system_prompt(vlm: seekvl.VLM) -> None:
@@ -313,6 +345,20 @@ def test_a_tiled_family_answers_alike_in_every_way(tiled: seekvl.VLM) -> None:
     session = tiled.session()
     asked = session.ask("What is this?", images=[PICTURE], params=SamplingParams(max_new_tokens=5))
     assert asked.token_ids == alone[0].token_ids
+
+
+def test_boxes_lie_in_the_last_picture(tiled: seekvl.VLM) -> None:
+    """The reference draws on the last picture of the conversation, in-context grounding included."""
+    params = SamplingParams(max_new_tokens=40, constrain="box_first")
+    text = grounding.in_context(wanted="the same thing")
+    conversations: list[Any] = ["Where?", shown(PICTURE), shown(PICTURE, OTHER, text=text)]
+    answers = tiled.batch(conversations, max_new_tokens=40, constrain="box_first")
+    assert all(answer.boxes for answer in answers)
+    assert [{box.image for box in answer.boxes} for answer in answers] == [{0}, {0}, {1}]
+    session = tiled.session()
+    turns = [session.ask("Where?", images=images, params=params) for images in (PICTURE, OTHER, ())]
+    assert all(answer.boxes for answer in turns)
+    assert [{box.image for box in answer.boxes} for answer in turns] == [{0}, {1}, {1}]
 
 
 def test_max_tiles_bounds_what_a_picture_costs() -> None:

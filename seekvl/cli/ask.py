@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from seekvl.cli import options
-from seekvl.cli.show import Readable, answer_json, box_lines, print_costs, upright
+from seekvl.cli.show import Readable, Size, answer_json, box_lines, print_costs, upright
+from seekvl.engine.choices import Constrain
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,17 +26,40 @@ EXAMPLE = 'Example: seekvl ask picture.png "Where is the red star?" --draw answe
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".svg": "SVG"}
 """What --draw can write."""
 
-Constrain = Literal["boxes", "box_first"]
-"""What --constrain may be; `seekvl.engine.request.Constrain`, without the time that importing it takes."""
+Pictures = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="PICTURE", help="Paths or URLs; - reads one from stdin.", show_default=False),
+]
+Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question; it comes last.")]
+Draw = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="OUT.png",
+        dir_okay=False,
+        help="Write the picture with the boxes of the answer here; as OUT.svg, boxes and labels stay "
+        "elements that can be edited.",
+    ),
+]
+BoxesIn = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="The boxes are in picture N, counted from 1; by default in the last one."
+    ),
+]
+Constrained = Annotated[
+    Constrain | None,
+    typer.Option(
+        help="boxes: the boxes of the answer are well-formed, whatever the model would say; box_first: "
+        "and it starts with one."
+    ),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print tokens and seconds on stderr.")]
 
 
 def ask(
     *,
-    pictures: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="PICTURE", help="Paths or URLs; - reads one from stdin.", show_default=False),
-    ] = None,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question; it comes last.")],
+    pictures: Pictures = None,
+    question: Question,
     model: options.Model = options.NANO,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -50,29 +74,10 @@ def ask(
     seed: options.Seed = None,
     stop: options.Stop = None,
     json: options.Json = False,
-    draw: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="OUT.png",
-            dir_okay=False,
-            help="Write the picture with the boxes of the answer here; as OUT.svg, boxes and labels stay "
-            "elements that can be edited.",
-        ),
-    ] = None,
-    boxes_in: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="The boxes are in picture N, counted from 1, whatever the answer says."
-        ),
-    ] = None,
-    constrain: Annotated[
-        Constrain | None,
-        typer.Option(
-            help="boxes: the boxes of the answer are well-formed, whatever the model would say; box_first: "
-            "and it starts with one."
-        ),
-    ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print tokens and seconds on stderr.")] = False,
+    draw: Draw = None,
+    boxes_in: BoxesIn = None,
+    constrain: Constrained = None,
+    verbose: Verbose = False,
 ) -> None:
     """Answer a question about one picture, several, or none."""
     names = pictures or []
@@ -96,14 +101,7 @@ def ask(
     answer = _answer(vlm, question, images=opened, params=params, system=system, show=not json)
     if boxes_in is not None:
         answer = replace(answer, boxes=[replace(box, image=boxes_in - 1) for box in answer.boxes])
-    sizes = [picture.size for picture in opened]
-    if json:
-        typer.echo(answer_json(answer, sizes))
-    else:
-        for line in box_lines(answer.boxes, sizes):
-            typer.echo(line)
-    if verbose:
-        print_costs(answer)
+    _print(answer, sizes=[picture.size for picture in opened], json=json, verbose=verbose)
     if draw is not None:
         _draw(draw, answer.boxes, pictures=opened, names=names)
 
@@ -172,6 +170,17 @@ def _answer(
         typer.echo(rest if live else whole + rest)
     assert completion is not None
     return answer_of(completion)
+
+
+def _print(answer: "Answer", *, sizes: Sequence[Size], json: bool, verbose: bool) -> None:
+    """Print what stands below the text of an answer, or all of it as JSON."""
+    if json:
+        typer.echo(answer_json(answer, sizes))
+    else:
+        for line in box_lines(answer.boxes, sizes):
+            typer.echo(line)
+    if verbose:
+        print_costs(answer)
 
 
 def _draw(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -147,7 +148,7 @@ class Talk:
 
     def _stream(self, question: str, pictures: list["Image.Image"]) -> "Completion":
         """Show the answer as it comes, and its boxes below."""
-        from seekvl.processing.grounding import parse_boxes
+        from seekvl.vlm import answer_of
 
         seen = [*(picture for turn in self.session.messages for picture in _pixels(turn)), *pictures]
         readable, completion = Readable(), None
@@ -158,9 +159,7 @@ class Talk:
                 typer.echo(readable.push(piece.text), nl=False)
         typer.echo(readable.finish())
         assert completion is not None
-        # a box does not say which picture it is in: pixels are certain only where there is one
-        sizes = [picture.size for picture in seen] if len(seen) == 1 else []
-        for line in box_lines(parse_boxes(completion.text), sizes):
+        for line in box_lines(answer_of(completion).boxes, [picture.size for picture in seen]):
             typer.echo(line)
         return completion
 
@@ -176,10 +175,10 @@ class Talk:
 
         if not name:
             raise SeekVLError("/image needs the path of a picture")
-        picture = upright(open_picture(name), preprocessing=self.vlm.processor.preprocessing)
-        self.waiting.append(
-            (name if "://" in name or name.startswith("data:") else str(Path(name).resolve()), picture)
-        )
+        local = "://" not in name and not name.startswith("data:")
+        source = _path(name) if local else name
+        picture = upright(open_picture(source), preprocessing=self.vlm.processor.preprocessing)
+        self.waiting.append((str(source.resolve()) if isinstance(source, Path) else source, picture))
         typer.echo(
             f"picture {len(self.waiting)} for the next message: {picture.width}x{picture.height} px", err=True
         )
@@ -205,7 +204,7 @@ class Talk:
         messages = [_as_json(message) for message in self.turns]
         if self.session.system is not None:
             messages.insert(0, {"role": "system", "content": self.session.system})
-        with atomic_file(Path(name).expanduser()) as part:
+        with atomic_file(_path(name)) as part:
             part.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         typer.echo(f"saved {len(self.turns)} messages in {name}", err=True)
 
@@ -232,12 +231,22 @@ def _read(name: str) -> "Conversation":
     if not name:
         raise SeekVLError("/load needs the name of a file")
     try:
-        conversation = parse_messages(json.loads(Path(name).expanduser().read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        messages = json.loads(_path(name).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise SeekVLError(f"{name} is no JSON: {error}") from error
+    conversation = parse_messages(messages)
     if conversation.messages[-1].role != "assistant":
         raise SeekVLError(f"{name} ends with a question; a saved conversation ends with an answer")
     return conversation
+
+
+def _path(name: str) -> Path:
+    """Return the path that was typed; ~ is a home folder, and itself where there is no such user."""
+    from seekvl.runtime import SeekVLError
+
+    if "\0" in name:
+        raise SeekVLError(f"{name!r} is no path: no file name holds a NUL")
+    return Path(os.path.expanduser(name))
 
 
 def _as_json(message: "Message") -> dict[str, object]:

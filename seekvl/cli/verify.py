@@ -10,7 +10,7 @@ import typer
 from seekvl.cli import options
 
 if TYPE_CHECKING:
-    from seekvl.weights.verify import Report
+    from seekvl.weights.report import Report
 
 EXAMPLE = "Example: seekvl verify ~/models/deepseek-vl-1.3b-chat"
 
@@ -24,21 +24,25 @@ def verify(
 ) -> None:
     """Compare this installation with the reference; with a folder, look at its files, too.
 
-    The self-check runs a miniature of the 7B that ships with the package.
+    The self-check asks two miniatures that ship with the package, of the 7B and of DeepSeek-VL2, and compares
+    pixels, features, logits and ids with the reference's; then attention and router of tiny and base, and
+    boxes.
 
     Of a folder, files, keys, shapes, dtypes, numbers, tokenizer and template are checked.
 
     The exit code is 1 when anything failed.
     """
     with options.waiting_line("running the self-check"):
-        from seekvl.weights.verify import self_check, verify_folder
+        from seekvl.weights.self_check import self_check
 
         reports = [self_check()]
     if not json:
         _print(reports[0])
     if folder is not None:
         with options.waiting_line(f"looking at {folder}"):
-            reports.append(verify_folder(folder.expanduser()))
+            from seekvl.weights.verify import verify_folder
+
+            reports.append(verify_folder(folder))
         if not json:
             _print(reports[1])
     ok = all(report.ok for report in reports)

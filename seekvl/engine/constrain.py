@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from seekvl.engine.request import Constrain
+from seekvl.engine.choices import Constrain
 from seekvl.processing.tokenizer import GROUNDING_MARKS, Tokenizer
 from seekvl.runtime import SeekVLError
 

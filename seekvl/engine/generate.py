@@ -70,6 +70,7 @@ class Row:
         completion = Completion(
             token_ids=tuple(ids),
             text=self.reply.text,
+            pictures=len(bill.image_tokens),
             finish_reason="stop" if self.reply.stopped else reason,
             usage=Usage(
                 prompt_tokens=bill.total,

@@ -1,14 +1,14 @@
 """What is asked of the engine, and what it gives back."""
 
-import math
+import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from seekvl.engine.choices import Constrain
 from seekvl.processing.encode import ModelInput
 from seekvl.runtime import SeekVLError
 
 FinishReason = Literal["stop", "length", "cancelled"]
-Constrain = Literal["boxes", "box_first"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +63,9 @@ class SamplingParams:
         for text in self.stops:
             if not isinstance(text, str) or not text:
                 raise SeekVLError(f"stop holds {text!r}; each stop string needs at least one letter")
-        if self.constrain not in (None, "boxes", "box_first"):
-            raise SeekVLError(f"constrain is {self.constrain!r}; use 'boxes', 'box_first' or None")
+        if self.constrain not in (None, *get_args(Constrain)):
+            known = ", ".join(map(repr, get_args(Constrain)))
+            raise SeekVLError(f"constrain is {self.constrain!r}; use {known} or None")
         if self.constrain is not None and self.stops:
             raise SeekVLError("a stop string may cut a box in two: use constrain or stop, not both")
 
@@ -145,6 +146,8 @@ class Completion:
     """As generated, without the end token; tokens that spell a stop string are in."""
     text: str
     """Decoded, without specials of the template, cut before a stop string; see `Request.strip`."""
+    pictures: int
+    """Pictures in the prompt."""
     finish_reason: FinishReason
     """"stop": end token or stop string; "length": `max_new_tokens`, or the model's longest sequence;
     "cancelled".
@@ -174,5 +177,5 @@ def _whole(name: str, value: object, *, least: int | None) -> None:
 
 def _number(name: str, value: object) -> None:
     """Refuse what is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise SeekVLError(f"{name} must be a finite number, not {value!r}")

@@ -15,6 +15,17 @@ from seekvl.models.siglip import Siglip, SiglipConfig
 from seekvl.runtime import SeekVLError
 
 
+def check_adaptor(adaptor: AdaptorConfig, *, vision: SiglipConfig | HybridConfig, width: int) -> None:
+    """Raise SeekVLError for an adaptor that does not lead from these towers to this language width d."""
+    if adaptor.is_hybrid != isinstance(vision, HybridConfig):
+        raise SeekVLError(f"adaptor {adaptor.kind!r} does not fit {type(vision).__name__}")
+    tower = vision.low if isinstance(vision, HybridConfig) else vision
+    if tower.width != adaptor.input_width:
+        raise SeekVLError(f"vision hands on width {tower.width}, the adaptor takes {adaptor.input_width}")
+    if adaptor.width != width:
+        raise SeekVLError(f"the adaptor makes width {adaptor.width}, the language model has {width}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VLConfig:
     """The three parts, which must fit each other."""
@@ -24,17 +35,7 @@ class VLConfig:
     language: LlamaConfig
 
     def __post_init__(self) -> None:
-        if self.adaptor.is_hybrid != isinstance(self.vision, HybridConfig):
-            raise SeekVLError(f"adaptor {self.adaptor.kind!r} does not fit {type(self.vision).__name__}")
-        tower = self.vision.low if isinstance(self.vision, HybridConfig) else self.vision
-        if tower.width != self.adaptor.input_width:
-            raise SeekVLError(
-                f"towers hand on width {tower.width}, the adaptor takes {self.adaptor.input_width}"
-            )
-        if self.adaptor.width != self.language.width:
-            raise SeekVLError(
-                f"the adaptor makes width {self.adaptor.width}, the language model has {self.language.width}"
-            )
+        check_adaptor(self.adaptor, vision=self.vision, width=self.language.width)
 
     @property
     def image_size(self) -> int:

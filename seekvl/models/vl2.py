@@ -27,7 +27,7 @@ from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.llama import LayerCache
 from seekvl.models.moe import RouterRecord
 from seekvl.models.siglip import Siglip, SiglipConfig
-from seekvl.models.vl import VL, VLConfig, splice
+from seekvl.models.vl import VL, VLConfig, check_adaptor, splice
 from seekvl.runtime import SeekVLError
 
 Grid = tuple[int, int]
@@ -45,16 +45,7 @@ class VL2Config:
     """Whether the whole picture stands before its tiles; so in all published weights."""
 
     def __post_init__(self) -> None:
-        if self.adaptor.is_hybrid:
-            raise SeekVLError(f"adaptor {self.adaptor.kind!r} does not fit a single tower")
-        if self.vision.width != self.adaptor.input_width:
-            raise SeekVLError(
-                f"the tower hands on width {self.vision.width}, the adaptor takes {self.adaptor.input_width}"
-            )
-        if self.adaptor.width != self.language.width:
-            raise SeekVLError(
-                f"the adaptor makes width {self.adaptor.width}, the language model has {self.language.width}"
-            )
+        check_adaptor(self.adaptor, vision=self.vision, width=self.language.width)
 
     @property
     def image_size(self) -> int:

@@ -1,5 +1,6 @@
 """From a name or a folder to a network with its processor, ready to use."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
         if not (NANO_FOLDER / "config.json").exists():
             raise SeekVLError(f"{NANO} is not in this installation ({NANO_FOLDER}): reinstall seekvl")
         return NANO_FOLDER
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
     if path.is_dir():
         if revision is not None:
             raise SeekVLError(

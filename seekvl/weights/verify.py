@@ -1,201 +1,27 @@
-"""Is this installation right, and is this checkpoint folder whole? One line for each thing looked at.
+"""Is this checkpoint folder whole? One line for each thing that can be judged without running the network."""
 
-The self-check runs a published-layout miniature of the 7B that ships with the package, random weights and
-all, and compares with what the reference code computes from it: prompt, ids, pixels, features, logits, greedy
-ids.
-"""
-
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
 
-from seekvl.models.hybrid import Hybrid
-from seekvl.models.vl import VL
-from seekvl.models.vl2 import AnyConfig, AnyVL, VL2Config, on_meta
+from seekvl.models.vl2 import AnyConfig, VL2Config, on_meta
 from seekvl.processing.conversation import Conversation, Message, Picture, Text
-from seekvl.processing.encode import ModelInput, Processor
+from seekvl.processing.encode import Processor
 from seekvl.runtime import SeekVLError
 from seekvl.weights.config import CheckpointConfig, read_config
 from seekvl.weights.key_map import parameter_shapes
-from seekvl.weights.load import Checkpoint, find_folder, layout_map, load_checkpoint, load_tokenizer
+from seekvl.weights.load import find_folder, layout_map, load_tokenizer
 from seekvl.weights.read import DTYPES, map_file, mapped, match, read_folder, require_finite
-from seekvl.weights.section import read_json
-
-T = TypeVar("T")
-
-SELFCHECK = Path(__file__).parent / "selfcheck"
-
-FEATURES = 3e-5
-"""Largest difference of a vision feature in float32 that still counts as equal."""
-
-LOGITS = 1e-4
-"""Largest difference of a logit in float32 that still counts as equal."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
-    """One thing looked at."""
-
-    name: str
-    ok: bool
-    detail: str
-    """What was found, in one line; what to do where it is not ok."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """Everything looked at, in order; what needs a failed check's result is not reached and not listed."""
-
-    title: str
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check passed."""
-        return all(check.ok for check in self.checks)
-
-    def lines(self) -> list[str]:
-        """Return a line for each check."""
-        words = {True: "ok    ", False: "FAILED"}
-        return [f"{words[check.ok]} {check.name}: {check.detail}" for check in self.checks]
-
-
-class _Checks:
-    """Runs checks one after the other and remembers what came out."""
-
-    def __init__(self) -> None:
-        self.done: list[Check] = []
-
-    def run(self, name: str, look: Callable[[], tuple[T, str]]) -> T | None:
-        """Run one check that returns its result and a line; None after a failure."""
-        try:
-            result, detail = look()
-        except SeekVLError as error:
-            self.done.append(Check(name=name, ok=False, detail=str(error)))
-            return None
-        self.done.append(Check(name=name, ok=True, detail=detail))
-        return result
-
-
-def self_check() -> Report:
-    """Compare this installation with the reference, on a model that ships for this (CPU, float32)."""
-    checks = _Checks()
-    checkpoint = checks.run("weights", _load_selfcheck)
-    if checkpoint is not None:
-        expected = load_file(SELFCHECK / "expected.safetensors")
-        for case in ("single_zh", "text_only"):
-            _run_case(checks, checkpoint, case=case, expected=expected)
-    return Report(title="self-check", checks=tuple(checks.done))
-
-
-def _load_selfcheck() -> tuple[Checkpoint, str]:
-    """Load the miniature."""
-    checkpoint = load_checkpoint(SELFCHECK, device="cpu", dtype="float32", preprocessing="official")
-    count = len(parameter_shapes(checkpoint.model))
-    return checkpoint, f"{count} parameters filled from {len(read_folder(SELFCHECK))} published tensors"
-
-
-def _run_case(checks: _Checks, checkpoint: Checkpoint, *, case: str, expected: Mapping[str, Tensor]) -> None:
-    """Check one conversation from its words to the ids generated."""
-    said = read_json(SELFCHECK / "expected.json")[case]
-    assert isinstance(said, dict)
-    inputs = checks.run(f"{case}, prompt", lambda: _prompt(checkpoint, said, expected[f"{case}/input_ids"]))
-    if inputs is None:
-        return
-    model = checkpoint.model
-    features = None
-    if inputs.pixels is not None:
-        checks.run(f"{case}, pixels", lambda: _pixels(inputs, said["pixels_sha256"]))
-        features = checks.run(f"{case}, vision", lambda: _vision(model, inputs, case=case, expected=expected))
-        if features is None:
-            return
-    embeds = model.embed(inputs.input_ids[None], image_mask=inputs.image_mask[None], image_features=features)
-    checks.run(f"{case}, logits", lambda: _logits(model, embeds, expected[f"{case}/logits_last"]))
-    checks.run(f"{case}, greedy", lambda: _greedy(model, embeds, expected[f"{case}/generated_ids"]))
-
-
-def _prompt(checkpoint: Checkpoint, said: Mapping[str, object], ids: Tensor) -> tuple[ModelInput, str]:
-    """Encode the conversation and compare prompt and ids."""
-    conversation = said["conversation"]
-    assert isinstance(conversation, list)
-    turns = [
-        turn | {"images": [str(SELFCHECK / name) for name in turn.get("images", ())]} for turn in conversation
-    ]
-    inputs = checkpoint.processor(turns)
-    if inputs.prompt != said["prompt"]:
-        raise SeekVLError(f"the prompt is {inputs.prompt!r} instead of {said['prompt']!r}")
-    if not torch.equal(inputs.input_ids, ids.flatten()):
-        raise SeekVLError(f"the {inputs.input_ids.numel()} token ids differ from the {ids.numel()} expected")
-    return inputs, f"{ids.numel()} token ids equal"
-
-
-def _pixels(inputs: ModelInput, digest: str) -> tuple[None, str]:
-    """Compare the pixels bit for bit."""
-    assert inputs.pixels is not None
-    found = hashlib.sha256(inputs.pixels[0].numpy().tobytes()).hexdigest()
-    if found != digest:
-        raise SeekVLError("the pixels differ from the reference's: another Pillow may resize differently")
-    return None, "equal bit for bit"
-
-
-def _vision(
-    model: AnyVL, inputs: ModelInput, *, case: str, expected: Mapping[str, Tensor]
-) -> tuple[Tensor, str]:
-    """Run the towers and compare the features of every fifth place."""
-    assert inputs.pixels is not None
-    assert isinstance(model, VL)
-    assert isinstance(model.vision, Hybrid)
-    high, low = model.vision(inputs.pixels)
-    worst = max(
-        _difference(high[:, ::5], expected[f"{case}/vision_features_high_every_5th"]),
-        _difference(low[:, ::5], expected[f"{case}/vision_features_low_every_5th"]),
-    )
-    return model.adaptor((high, low)), _within(worst, FEATURES)
-
-
-def _logits(model: AnyVL, embeds: Tensor, expected: Tensor) -> tuple[None, str]:
-    """Compare the logits of the last position."""
-    logits = model.head(model.hidden(embeds)[:, -1])
-    return None, _within(_difference(logits, expected), LOGITS)
-
-
-def _greedy(model: AnyVL, embeds: Tensor, expected: Tensor) -> tuple[None, str]:
-    """Compare greedy ids, each found with a full pass: slow, obvious, and without a cache."""
-    wanted = expected.flatten().tolist()
-    found: list[int] = []
-    for _ in wanted:
-        token = model.head(model.hidden(embeds)[:, -1]).argmax(-1)
-        found.append(int(token))
-        embeds = torch.cat((embeds, model.language.embed_tokens(token)[:, None]), dim=1)
-    if found != wanted:
-        raise SeekVLError(f"greedy ids are {found} instead of {wanted}")
-    return None, f"{len(wanted)} ids equal"
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference; NaN where there is one."""
-    return float((found - expected).abs().max())
-
-
-def _within(difference: float, limit: float) -> str:
-    """Say how large a difference is, or raise SeekVLError when it is too large or not a number."""
-    if not difference <= limit:
-        raise SeekVLError(f"differs by {difference:.1e} from the reference, at most {limit:.0e} is allowed")
-    return f"largest difference {difference:.1e} (at most {limit:.0e})"
+from seekvl.weights.report import Checks, Report
 
 
 def verify_folder(name: str | Path) -> Report:
-    """Look at everything in a checkpoint folder that can be judged without running the network."""
-    checks = _Checks()
+    """Look at everything in a checkpoint folder but what its network computes."""
+    checks = Checks()
     folder = checks.run("folder", lambda: _folder(name))
     if folder is not None:
         config = checks.run("config", lambda: _config(folder))
@@ -230,7 +56,7 @@ def _pictures(model: AnyConfig) -> str:
     return f"pictures in tiles of {model.image_size} px, at least {model.slots((1, 1))} tokens"
 
 
-def _weights(checks: _Checks, folder: Path, config: CheckpointConfig) -> None:
+def _weights(checks: Checks, folder: Path, config: CheckpointConfig) -> None:
     """Look at the weight files: headers, keys and shapes, dtypes, numbers."""
 
     def files() -> tuple[dict[str, str], str]:

@@ -133,10 +133,12 @@ def test_boxes_are_in_the_picture_that_is_named(
     boxes: list[Box] = []
     monkeypatch.setattr(ask, "_draw", lambda path, found, **_: boxes.extend(found))
     asked = ("ask", PICTURES[0], PICTURES[1], "Where is the sign?", "--draw", tmp_path / "a.png")
-    result = run(*asked, "--boxes-in", 2, "--constrain", "box_first", "--max-new-tokens", 60)
-    assert result.exit_code == 0, result.output
-    assert "px of picture 2" in result.stdout
-    assert {box.image for box in boxes} == {1}
+    for option, number in ((("--boxes-in", 1), 1), ((), 2)):  # by default in the last one
+        result = run(*asked, *option, "--constrain", "box_first", "--max-new-tokens", 60)
+        assert result.exit_code == 0, result.output
+        assert f"px of picture {number}" in result.stdout
+        assert {box.image for box in boxes} == {number - 1}
+        boxes.clear()
 
 
 def test_boxes_in_two_pictures_are_not_drawn_into_one(tmp_path: Path) -> None:

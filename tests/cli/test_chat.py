@@ -77,6 +77,25 @@ def test_load_takes_up_what_save_wrote(vlm: seekvl.VLM, talk: Talk, tmp_path: Pa
     assert (tmp_path / "again.json").read_text(encoding="utf-8") == saved.read_text(encoding="utf-8")
 
 
+def test_home_is_known_to_every_command(talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.png").write_bytes(PICTURE.read_bytes())
+    for line in ("/image ~/a.png", "What is it?", "/save ~/talk.json", "/load ~/talk.json"):
+        assert talk.hear(line)
+    (message, _) = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert message["content"][0] == {"type": "image", "image": str(tmp_path / "a.png")}
+
+
+def test_boxes_are_in_pixels_of_the_last_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    tiled = seekvl.load(GOLDEN / "vl2-base-like", device="cpu", dtype="float32")
+    params = SamplingParams(max_new_tokens=40, constrain="box_first")
+    talk = Talk(tiled, params=params, system=None)
+    for line, said in ((f"/image {PICTURE}", "(px)"), (f"/image {OTHER}", "(px of picture 2)")):
+        talk.hear(line)
+        talk.hear("Where is it?")
+        assert said in capsys.readouterr().out
+
+
 def test_system_prompt_is_saved(vlm: seekvl.VLM, tmp_path: Path) -> None:
     talk = Talk(vlm, params=SamplingParams(max_new_tokens=6), system="Be brief.")
     talk.hear("What is it?")
@@ -90,6 +109,9 @@ def test_system_prompt_is_saved(vlm: seekvl.VLM, tmp_path: Path) -> None:
     [
         ("/image", "needs the path"),
         ("/image nowhere.png", "no such file"),
+        ("/image ~no-such-user/a.png", "no such file"),
+        ("/image a\0.png", "no file name holds a NUL"),
+        ("/load ~no-such-user/a.json", "a.json"),
         (f"/image {GOLDEN}", "folder"),
         (f"/image {__file__}", "not a picture"),
         ("/save", "needs the name"),

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 import seekvl
+from seekvl.engine.choices import Constrain
 from seekvl.engine.constrain import (
     LABEL,
     TEXT,
@@ -21,7 +22,7 @@ from seekvl.engine.constrain import (
     constraint_for,
 )
 from seekvl.engine.generate import generate
-from seekvl.engine.request import Completion, Constrain, Request, SamplingParams
+from seekvl.engine.request import Completion, Request, SamplingParams
 from seekvl.engine.sampler import Sampler, choose
 from seekvl.processing.grounding import parse_boxes
 from seekvl.processing.tokenizer import Tokenizer

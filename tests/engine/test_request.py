@@ -31,6 +31,7 @@ def test_stop_is_one_string_or_several(stop: Any, stops: tuple[str, ...]) -> Non
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 10**400),
         ("temperature", "hot"),
         ("temperature", None),
         ("top_p", 0.0),

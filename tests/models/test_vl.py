@@ -105,7 +105,7 @@ def test_the_low_picture_is_made_before_normalisation_unless_given() -> None:
     ("change", "message"),
     [
         ({"adaptor": SINGLE.adaptor}, "does not fit"),
-        ({"adaptor": replace(HYBRID.adaptor, input_width=8)}, "hand on width 16"),
+        ({"adaptor": replace(HYBRID.adaptor, input_width=8)}, "hands on width 16"),
         ({"adaptor": replace(HYBRID.adaptor, width=26)}, "width 26"),
     ],
 )
