@@ -40,7 +40,11 @@ def nano(
     seed: Annotated[int, typer.Option(help="Decides the pictures, all of them unseen in training.")] = 0,
     kinds: Annotated[
         list[str] | None,
-        typer.Option(help="Kinds of question, with commas or repeated; all by default.", show_default=False),
+        typer.Option(
+            help="Kinds of question, with commas or repeated; by default all but those about small print in "
+            "long pictures: small_print (reading), small_locate, small_count, small_colour.",
+            show_default=False,
+        ),
     ] = None,
     json: options.Json = False,
     out: Annotated[
@@ -51,10 +55,10 @@ def nano(
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"the folder {out.parent} does not exist", param_hint="--out")
     from seekvl.corpus.nano import sample
-    from seekvl.evals.nano import SCORES, evaluate
+    from seekvl.evals.nano import KINDS, SCORES, evaluate
     from seekvl.runtime import atomic_file
 
-    wanted = _kinds(kinds, known=tuple(SCORES))
+    wanted = _kinds(kinds, known=tuple(SCORES), usual=KINDS)
     vlm = options.load_vlm(model, device=device, dtype=dtype)
     answer = _answers(vlm, total=n * len(wanted))
     report = evaluate(answer, sample, n=n, seed=seed, kinds=wanted, batch=BATCH)
@@ -64,9 +68,9 @@ def nano(
             part.write_text(report.json() + "\n", encoding="utf-8")
 
 
-def _kinds(given: Sequence[str] | None, *, known: Sequence[str]) -> list[str]:
-    """Return the kinds to ask, each once, or refuse one that is not known."""
-    wanted = [kind.strip() for entry in given or () for kind in entry.split(",")] or list(known)
+def _kinds(given: Sequence[str] | None, *, known: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """Return the kinds to ask, each once, the usual ones where none is given; refuse an unknown one."""
+    wanted = [kind.strip() for entry in given or () for kind in entry.split(",")] or list(usual)
     for kind in wanted:
         if kind not in known:
             raise typer.BadParameter(f"{kind!r} is none of {', '.join(known)}", param_hint="--kinds")

@@ -4,8 +4,8 @@ import random
 
 from PIL import Image, ImageDraw
 
-from seekvl.corpus.scene import Canvas, Drawn, Rgb, Scene, canvas_size, distance
-from seekvl.corpus.signs import FACES, font
+from seekvl.corpus.lettering import FACES, font
+from seekvl.corpus.scene import Canvas, Drawn, Rgb, Scene, canvas_size, distinct_colours
 from seekvl.corpus.words import LETTERS
 
 LEVELS = 9
@@ -17,7 +17,7 @@ def draw_chart(rng: random.Random, *, count: int | None = None) -> Scene:
     canvas = Canvas(rng, *canvas_size(rng), calm=True)
     wanted = count or rng.randint(2, 5)
     palette = canvas.clear_colours(rng)
-    names = _distinct(rng, palette, wanted)
+    names = distinct_colours(rng, palette, wanted)
     wanted = len(names)
     levels = rng.sample(range(1, LEVELS + 1), wanted)
     labels = rng.choice(("", "".join(rng.sample(LETTERS, wanted)), LETTERS[:wanted], ""))
@@ -46,12 +46,3 @@ def draw_chart(rng: random.Random, *, count: int | None = None) -> Scene:
     pen.rectangle((left - thick, top - thick, left - 1, base + thick - 1), fill=axis)
     pen.rectangle((left - thick, base, right, base + thick - 1), fill=axis)
     return Scene(image=canvas.grain(rng), style="chart", background=canvas.background, objects=tuple(bars))
-
-
-def _distinct(rng: random.Random, palette: dict[str, Rgb], count: int) -> list[str]:
-    """Choose so many colours, no two of them close."""
-    names: list[str] = []
-    for name in rng.sample(tuple(palette), len(palette)):
-        if len(names) < count and all(distance(palette[name], palette[other]) >= 60 for other in names):
-            names.append(name)
-    return names

@@ -1,22 +1,26 @@
 """The corpus of seekvl-nano: drawn pictures with a conversation each, a pure function of seed and index."""
 
+import math
 import random
+from dataclasses import asdict, astuple, dataclass
 from typing import Literal
 
 from PIL import Image
 
+from seekvl.corpus.asked import Asked
 from seekvl.corpus.charts import draw_chart
 from seekvl.corpus.dialogue import text_sample
 from seekvl.corpus.phrases import ASK, article
-from seekvl.corpus.questions import QUESTIONS, Asked, questions
+from seekvl.corpus.questions import QUESTIONS, questions
 from seekvl.corpus.scene import Scene
 from seekvl.corpus.shapes import MOST, draw_shapes
 from seekvl.corpus.signs import draw_sign
+from seekvl.corpus.strips import draw_strip
 from seekvl.data.sample import Sample
 from seekvl.processing.conversation import Conversation, Message, Part, Picture, Text
 from seekvl.runtime import SeekVLError, seed_for
 
-__all__ = ["KINDS", "sample", "scene", "text_sample"]
+__all__ = ["KINDS", "MIXTURE", "SMALL_KINDS", "Mixture", "sample", "scene", "text_sample"]
 
 SOURCE = "nano"
 
@@ -24,10 +28,48 @@ KINDS = (
     "colour", "shape", "count", "locate", "read", "relation", "size", "exist", "chart", "caption",
     "two_pictures",
 )  # fmt: skip
-"""Kinds of question that are measured."""
+"""Kinds of question that are measured on every model."""
 
-STYLES = {"shapes": 55, "sign": 33, "chart": 12}
-"""Share of each style of picture, in percent."""
+SMALL_KINDS = ("small_print", "small_locate", "small_count", "small_colour")
+"""Kinds of question about strips that are measured where they are asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """How often each style of picture is drawn, in shares of any sum.
+
+    Raises SeekVLError for a share that is below 0 or not finite, and where all are 0.
+    """
+
+    shapes: float
+    """One to six shapes."""
+    sign: float
+    """A word on a sign or bare."""
+    chart: float
+    """A bar chart."""
+    strip: float
+    """A long or tall picture with small print."""
+
+    def __post_init__(self) -> None:
+        for style, share in asdict(self).items():
+            if not (math.isfinite(share) and share >= 0):
+                raise SeekVLError(f"Mixture.{style} is {share}: a share is a finite number of at least 0")
+        if not any(astuple(self)):
+            raise SeekVLError("every share of the mixture is 0: give at least one style a share above 0")
+
+    def shares(self, *, kind: str | None = None) -> dict[str, float]:
+        """Return the share of each style that is drawn, or only of those that answer one kind of question.
+
+        Where the mixture has none of the styles that answer it, they are all as likely: the kind is what was
+        asked for.
+        """
+        answering = [style for style in WEIGHTS if kind is None or kind in WEIGHTS[style]]
+        shares = {style: share for style, share in asdict(self).items() if share and style in answering}
+        return shares or dict.fromkeys(answering, 1.0)
+
+
+MIXTURE = Mixture(shapes=55, sign=33, chart=12, strip=0)
+"""What seekvl-nano is trained on, in percent; its square view of a picture has no use for strips."""
 
 WEIGHTS = {
     "shapes": {
@@ -36,6 +78,10 @@ WEIGHTS = {
     },
     "sign": {"read": 40, "letters": 16, "locate": 10, "colour": 8, "caption": 6, "background": 1, "shape": 2},
     "chart": {"chart": 30, "locate": 8, "caption": 4, "region": 2},
+    "strip": {
+        "small_print": 46, "small_locate": 20, "small_count": 5, "small_colour": 8, "small_letters": 10,
+        "small_text": 6, "locate": 5, "caption": 4,
+    },
 }  # fmt: skip
 """How often each kind is asked about each style, in shares."""
 
@@ -43,22 +89,39 @@ COUNTED = 5
 """Counting is measured from 1 to this."""
 
 
-def scene(seed: int, index: int, *, style: str | None = None, held_out: bool = False) -> Scene:
+def scene(
+    seed: int,
+    index: int,
+    *,
+    style: str | None = None,
+    held_out: bool = False,
+    mixture: Mixture = MIXTURE,
+) -> Scene:
     """Draw one picture and tell what is in it, without questions.
 
-    style is "shapes", "sign" or "chart", or None for a mixture; held_out draws from the side of seeds and
-    words that training never sees. Raises SeekVLError for another style.
+    style is "shapes", "sign", "chart" or "strip", or None for one of the mixture; held_out draws from the
+    side of seeds and words that training never sees. Raises SeekVLError for another style.
     """
-    return _scene(_stream("scene", seed, index, held_out=held_out), style=style, held_out=held_out)
+    rng = _stream("scene", seed, index, held_out=held_out)
+    return _scene(rng, style=style or _style(rng, mixture), held_out=held_out)
 
 
 def sample(
-    seed: int, index: int, *, kind: str | None = None, held_out: bool = False, questions: int = 6
+    seed: int,
+    index: int,
+    *,
+    kind: str | None = None,
+    held_out: bool = False,
+    questions: int = 6,
+    mixture: Mixture = MIXTURE,
 ) -> Sample:
     """Draw one picture, one time in ten two, and a conversation of up to `questions` turns about it.
 
     kind asks only questions of one kind; counts are then 1 to 5. held_out draws from the side of seeds and
-    words that training never sees. Raises SeekVLError for an unknown kind, an index below 0, no question.
+    words that training never sees. mixture says how often each style is drawn, of those that answer the
+    kind; two pictures are never strips.
+
+    Raises SeekVLError for an unknown kind, an index below 0, no question.
     """
     if kind is not None and kind not in (*QUESTIONS, "two_pictures"):
         raise SeekVLError(f"kind {kind!r} is not known; use one of {', '.join((*QUESTIONS, 'two_pictures'))}")
@@ -67,7 +130,7 @@ def sample(
             f"index {index}, questions {questions}: the index starts at 0, and one question is the least"
         )
     rng = _stream("sample", seed, index, held_out=held_out)
-    scenes, asked = _draw_asked(rng, kind=kind, held_out=held_out, most=questions)
+    scenes, asked = _draw_asked(rng, kind=kind, held_out=held_out, most=questions, mixture=mixture)
     side = "held-out" if held_out else "train"
     kinds = {one.kind for one in asked}
     return Sample(
@@ -83,20 +146,27 @@ def _stream(purpose: str, seed: int, index: int, *, held_out: bool) -> random.Ra
     return random.Random(seed_for(seed, SOURCE, purpose, "held-out" if held_out else "train", index))
 
 
-def _scene(rng: random.Random, *, style: str | None, held_out: bool) -> Scene:
-    """Draw a scene of a style, or of any."""
-    style = style or rng.choices(tuple(STYLES), weights=tuple(STYLES.values()))[0]
+def _style(rng: random.Random, mixture: Mixture, *, kind: str | None = None) -> str:
+    """Draw a style of a mixture, or of those in it that answer a kind of question."""
+    shares = mixture.shares(kind=kind)
+    return rng.choices(tuple(shares), weights=tuple(shares.values()))[0]
+
+
+def _scene(rng: random.Random, *, style: str, held_out: bool) -> Scene:
+    """Draw a scene of a style."""
     if style == "shapes":
         return draw_shapes(rng)
     if style == "sign":
         return draw_sign(rng, held_out=held_out)
     if style == "chart":
         return draw_chart(rng)
-    raise SeekVLError(f"style {style!r} is not known; use one of {', '.join(STYLES)}")
+    if style == "strip":
+        return draw_strip(rng, held_out=held_out)
+    raise SeekVLError(f"style {style!r} is not known; use one of {', '.join(WEIGHTS)}")
 
 
 def _draw_asked(
-    rng: random.Random, *, kind: str | None, held_out: bool, most: int
+    rng: random.Random, *, kind: str | None, held_out: bool, most: int, mixture: Mixture
 ) -> tuple[list[Scene], list[Asked]]:
     """Draw until there is something to ask, and choose what."""
     while True:
@@ -104,14 +174,12 @@ def _draw_asked(
             scenes = [_simple_scene(rng, held_out=held_out) for _ in range(2)]
             pairs = _distinct(rng, _ask_two(scenes, rng), most=most)
         elif kind is None:
-            scenes = [_scene(rng, style=None, held_out=held_out)]
+            scenes = [_scene(rng, style=_style(rng, mixture), held_out=held_out)]
             pairs = _mixed(rng, scenes[0], most=most)
         elif kind == "count":
             scenes, pairs = _draw_counted(rng, most=most)
         else:
-            weights = {style: STYLES[style] for style in STYLES if kind in WEIGHTS[style]}
-            style = rng.choices(tuple(weights), weights=tuple(weights.values()))[0]
-            scenes = [_scene(rng, style=style, held_out=held_out)]
+            scenes = [_scene(rng, style=_style(rng, mixture, kind=kind), held_out=held_out)]
             pairs = _distinct(rng, questions(scenes[0], rng, kind=kind), most=most)
         if pairs:
             return scenes, pairs

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six")
+NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
+
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 PLURALS = {
     "circle": "circles",
@@ -143,6 +145,138 @@ ASK: dict[str, tuple[str, ...]] = {
         "In the {which} picture, what color is the {thing}?",
     ),
     "read of": ("What does the sign in the {which} picture say?", "Read the word in the {which} picture."),
+    "nth word": (
+        "What is the {nth} word?",
+        "Read the {nth} word.",
+        "Which word is the {nth}?",
+        "What does the {nth} word say?",
+    ),
+    "nth line": (
+        "What is the {nth} line?",
+        "Read the {nth} line.",
+        "What does the {nth} line say?",
+        "What is written on the {nth} line?",
+    ),
+    "nth panel": (
+        "What is written on the {nth} panel?",
+        "Read the {nth} panel.",
+        "What does the {nth} panel say?",
+        "Which word is on the {nth} panel?",
+    ),
+    "nth number": ("What is the {nth} number?", "Read the {nth} number.", "Which number is the {nth}?"),
+    "after": (
+        "Which word comes after {word}?",
+        "What is the word after {word}?",
+        "Which word follows {word}?",
+    ),
+    "before": ("Which word comes before {word}?", "What is the word before {word}?"),
+    "under": (
+        "Which word is below {word}?",
+        "What is the word under {word}?",
+        "What is written below {word}?",
+    ),
+    "over": ("Which word is above {word}?", "What is the word over {word}?", "What is written above {word}?"),
+    "on panel": (
+        "What is written on the {thing}?",
+        "What does the {thing} say?",
+        "Read the {thing}.",
+        "Which word is on the {thing}?",
+    ),
+    "beside bullet": (
+        "What is written beside the {thing}?",
+        "Which word is beside the {thing}?",
+        "What does the line with the {thing} say?",
+        "Read the word beside the {thing}.",
+    ),
+    "after bullet": (
+        "What is written after the {thing}?",
+        "Which word stands after the {thing}?",
+        "Which word is right of the {thing}?",
+        "Read the word after the {thing}.",
+    ),
+    "at pointer": (
+        "Which number does the {thing} point at?",
+        "At which number is the {thing}?",
+        "What does the {thing} point at?",
+        "Read the number at the {thing}.",
+    ),
+    "number beside": (
+        "Which number is beside {word}?",
+        "What number is beside {word}?",
+        "Which number belongs to {word}?",
+        "What is the number of {word}?",
+    ),
+    "number under": (
+        "Which number is under {word}?",
+        "What number is below {word}?",
+        "Which number belongs to {word}?",
+        "What is the number of {word}?",
+    ),
+    "word beside": (
+        "Which word is beside {number}?",
+        "What is written beside {number}?",
+        "Which word has the number {number}?",
+        "Which word does {number} belong to?",
+    ),
+    "word over": (
+        "Which word is above {number}?",
+        "What is written over {number}?",
+        "Which word has the number {number}?",
+        "Which word does {number} belong to?",
+    ),
+    "locate word": (
+        "Where is the word {word}?",
+        "Find the word {word}.",
+        "Where does it say {word}?",
+        "Locate {word}.",
+        "Show me the word {word}.",
+        "Give the box of the word {word}.",
+    ),
+    "locate number": (
+        "Where is the number {number}?",
+        "Find the number {number}.",
+        "Where does it say {number}?",
+        "Locate the number {number}.",
+        "Give the box of the number {number}.",
+    ),
+    "lines": ("How many lines are there?", "How many lines do you see?", "Count the lines."),
+    "words": ("How many words are there?", "How many words are in the picture?", "Count the words."),
+    "panels": ("How many panels are there?", "How many panels do you see?", "Count the panels."),
+    "numbers": ("How many numbers are there?", "How many numbers are on the ruler?", "Count the numbers."),
+    "panel colour": (
+        "What colour is the panel that says {word}?",
+        "What color is the panel with the word {word}?",
+        "On which colour is {word} written?",
+    ),
+    "bullet colour": (
+        "What colour is the {shape} beside {word}?",
+        "What color is the {shape} beside {word}?",
+        "Which colour does the {shape} beside {word} have?",
+    ),
+    "bullet colour before": (
+        "What colour is the {shape} before {word}?",
+        "What color is the {shape} left of {word}?",
+        "Which colour does the {shape} before {word} have?",
+    ),
+    "pointer colour": (
+        "What colour is the triangle at {word}?",
+        "What color is the triangle that points at {word}?",
+    ),
+    "spell nth": ("Spell the {nth} word.", "Read the {nth} word letter by letter."),
+    "first letter of nth": (
+        "What is the first letter of the {nth} word?",
+        "Which letter does the {nth} word start with?",
+    ),
+    "last letter of nth": (
+        "What is the last letter of the {nth} word?",
+        "Which letter does the {nth} word end with?",
+    ),
+    "all": (
+        "Read everything.",
+        "Read all that is written.",
+        "What is written in the picture?",
+        "Read the text.",
+    ),
 }
 """Wordings by template; what stands in braces is filled in."""
 

@@ -6,51 +6,26 @@ beyond doubt: the thing meant is the only one of its name, directions and sizes 
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import combinations, permutations
 
-from seekvl.corpus.phrases import ASK, NUMBERS, PLURALS, article, enumerate_words
-from seekvl.corpus.scene import COLOURS, Bounds, Drawn, Scene
+from seekvl.corpus.asked import Asked, ask, box_answer
+from seekvl.corpus.phrases import NUMBERS, PLURALS, article, enumerate_words
+from seekvl.corpus.scene import COLOURS, Drawn, Scene
 from seekvl.corpus.shapes import SHAPES
-from seekvl.processing.grounding import TOP, format_box
+from seekvl.corpus.small_print import (
+    ask_small_colour,
+    ask_small_count,
+    ask_small_letters,
+    ask_small_locate,
+    ask_small_print,
+    ask_small_text,
+    strip_caption,
+)
 
 APART = 0.15
 """Least distance of two centres for a direction, as a share of the picture's longer side."""
 LARGER = 1.4
 """Least ratio of the extents of two things for one to be called larger."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One question and its one right answer."""
-
-    kind: str
-    """The kind of question, a key of `QUESTIONS`."""
-    question: str
-    """What the user says."""
-    answer: str
-    """What the assistant says, in its canonical form."""
-    about: str
-    """What is asked, apart from wording; a conversation asks each at most once."""
-    spoiler: str = ""
-    """Words that give the answer away, if not empty: the pair is skipped where they were said before."""
-
-
-def grid_box(box: Bounds, width: int, height: int) -> tuple[int, int, int, int]:
-    """Bring a box in px to the whole numbers 0..999 of grounding.
-
-    >>> grid_box((0.0, 25.0, 200.0, 100.0), 200, 100)
-    (0, 250, 999, 999)
-    """
-    x1, y1, x2, y2 = box
-    return (
-        round(x1 / width * TOP), round(y1 / height * TOP), round(x2 / width * TOP), round(y2 / height * TOP)
-    )  # fmt: skip
-
-
-def box_answer(scene: Scene, thing: Drawn) -> str:
-    """Write where a thing is, as a model answers."""
-    return format_box(thing.name, [grid_box(thing.box, *scene.image.size)])
 
 
 def questions(scene: Scene, rng: random.Random, *, kind: str) -> list[Asked]:
@@ -60,6 +35,8 @@ def questions(scene: Scene, rng: random.Random, *, kind: str) -> list[Asked]:
 
 def caption(scene: Scene) -> str:
     """Describe a scene in one canonical sentence, things from left to right; crowds are only counted."""
+    if scene.style == "strip":
+        return strip_caption(scene)
     ground = f"on a {scene.background} background"
     if scene.style == "chart":
         names = enumerate_words([bar.colour for bar in scene.of("bar")])
@@ -80,14 +57,6 @@ def _sized(thing: Drawn) -> str:
     return thing.name if thing.size == "medium" else f"{thing.size} {thing.name}"
 
 
-def _asked(
-    kind: str, template: str, rng: random.Random, *, about: str, answer: str, spoiler: str = "", **words: str
-) -> Asked:
-    """Fill one wording of a template."""
-    question = rng.choice(ASK[template]).format(**words)
-    return Asked(kind=kind, question=question, answer=answer, about=about, spoiler=spoiler)
-
-
 def _only(things: Sequence[Drawn], thing: Drawn, field: str) -> bool:
     """Whether no other thing has the same colour, shape or name."""
     return [getattr(other, field) for other in things].count(getattr(thing, field)) == 1
@@ -103,6 +72,17 @@ def _unique(scene: Scene) -> list[Drawn]:
     return [thing for thing in scene.shapes if _only(scene.shapes, thing, "name")]
 
 
+def _single(scene: Scene, kind: str) -> tuple[Drawn, ...]:
+    """List the only thing of a kind, such as what "the sign" means, or none where there are several."""
+    things = scene.of(kind)
+    return things if len(things) == 1 else ()
+
+
+def _panels(scene: Scene) -> list[Drawn]:
+    """List the signs and panels that are the only ones of their name."""
+    return [thing for thing in scene.of("sign") if _only(scene.of("sign"), thing, "name")]
+
+
 def _extent(thing: Drawn) -> float:
     """Side in px of the square with the area of a thing's box."""
     x1, y1, x2, y2 = thing.box
@@ -112,7 +92,7 @@ def _extent(thing: Drawn) -> float:
 def ask_colour(scene: Scene, rng: random.Random) -> list[Asked]:
     """Ask for the colour of the only thing of a shape, of the sign, of the word."""
     asked = [
-        _asked(
+        ask(
             "colour",
             "colour",
             rng,
@@ -124,23 +104,23 @@ def ask_colour(scene: Scene, rng: random.Random) -> list[Asked]:
         for thing in scene.shapes
         if _only(scene.shapes, thing, "shape")
     ]
-    for thing in (*scene.of("sign"), *scene.of("text")):
+    for thing in (*_single(scene, "sign"), *_single(scene, "text")):
         word = "sign" if thing.kind == "sign" else rng.choice(("word", "text"))
         asked.append(
-            _asked("colour", "colour", rng, about=f"colour {thing.kind}", answer=thing.colour, thing=word)
+            ask("colour", "colour", rng, about=f"colour {thing.kind}", answer=thing.colour, thing=word)
         )
     return asked
 
 
 def ask_background(scene: Scene, rng: random.Random) -> list[Asked]:
     """Ask for the colour of the background."""
-    return [_asked("background", "background", rng, about="background", answer=scene.background)]
+    return [ask("background", "background", rng, about="background", answer=scene.background)]
 
 
 def ask_shape(scene: Scene, rng: random.Random) -> list[Asked]:
     """Ask for the shape of the only thing of a colour."""
     return [
-        _asked(
+        ask(
             "shape",
             "shape",
             rng,
@@ -159,17 +139,17 @@ def ask_count(scene: Scene, rng: random.Random) -> list[Asked]:
     if scene.style != "shapes":
         return []
     shapes = scene.shapes
-    several = [_asked("count", "count", rng, about="count all", answer=str(len(shapes)))]
+    several = [ask("count", "count", rng, about="count all", answer=str(len(shapes)))]
     single: list[Asked] = []
     names = {name: sum(thing.shape == name for thing in shapes) for name in SHAPES}
     colours = {colour: sum(thing.colour == colour for thing in shapes) for colour in COLOURS}
     for name, number in names.items():
-        one = _asked(
+        one = ask(
             "count", "count shape", rng, about=f"count {name}", answer=str(number), things=PLURALS[name]
         )
         (several if number > 1 else single).append(one)
     for colour, number in colours.items():
-        one = _asked("count", "count colour", rng, about=f"count {colour}", answer=str(number), colour=colour)
+        one = ask("count", "count colour", rng, about=f"count {colour}", answer=str(number), colour=colour)
         (several if number > 1 else single).append(one)
     alone = [one for one in single if one.answer == "1"]
     absent = [one for one in single if one.answer == "0"]
@@ -183,7 +163,7 @@ def ask_count(scene: Scene, rng: random.Random) -> list[Asked]:
 def ask_locate(scene: Scene, rng: random.Random) -> list[Asked]:
     """Ask for the box of each thing that is the only one of its name; seldom of a thing that is not there."""
     asked = [
-        _asked(
+        ask(
             "locate",
             "locate",
             rng,
@@ -191,12 +171,12 @@ def ask_locate(scene: Scene, rng: random.Random) -> list[Asked]:
             answer=box_answer(scene, thing),
             thing=thing.name,
         )
-        for thing in (*_unique(scene), *scene.of("bar"), *scene.of("sign"))
+        for thing in (*_unique(scene), *scene.of("bar"), *_panels(scene))
     ]
-    for thing in scene.of("text"):
+    for thing in _single(scene, "text"):
         named = f"word {thing.name}"
         asked.append(
-            _asked("locate", "locate", rng, about="locate text", answer=box_answer(scene, thing), thing=named)
+            ask("locate", "locate", rng, about="locate text", answer=box_answer(scene, thing), thing=named)
         )
     return asked
 
@@ -204,15 +184,13 @@ def ask_locate(scene: Scene, rng: random.Random) -> list[Asked]:
 def ask_absent(scene: Scene, rng: random.Random) -> list[Asked]:
     """Ask for the box of a shape that is not there."""
     name = _missing(scene, rng)
-    return [
-        _asked("absent", "locate", rng, about=f"locate {name}", answer=f"There is no {name}.", thing=name)
-    ]
+    return [ask("absent", "locate", rng, about=f"locate {name}", answer=f"There is no {name}.", thing=name)]
 
 
 def ask_region(scene: Scene, rng: random.Random) -> list[Asked]:
     """Give the box of a shape or bar and ask what it is."""
     return [
-        _asked(
+        ask(
             "region",
             "region",
             rng,
@@ -248,13 +226,13 @@ def ask_exist(scene: Scene, rng: random.Random) -> list[Asked]:
         present = thing is not None and rng.random() < 0.5
         name = thing.name if present and thing is not None else _missing(scene, rng)
         answer = "Yes" if present else "No"
-        asked.append(_asked("exist", "exist", rng, about=f"exist {name}", answer=answer, thing=article(name)))
+        asked.append(ask("exist", "exist", rng, about=f"exist {name}", answer=answer, thing=article(name)))
     if scene.style == "shapes":
         present = rng.random() < 0.5
         shapes = {thing.shape for thing in scene.shapes}
         word = rng.choice([name for name in SHAPES if (name in shapes) == present])
         answer = "Yes" if present else "No"
-        asked.append(_asked("exist", "exist", rng, about=f"exist {word}", answer=answer, thing=article(word)))
+        asked.append(ask("exist", "exist", rng, about=f"exist {word}", answer=answer, thing=article(word)))
     return asked
 
 
@@ -263,7 +241,7 @@ def ask_read(scene: Scene, rng: random.Random) -> list[Asked]:
     if not scene.word:
         return []
     template = "read" if scene.of("sign") else "read bare"
-    return [_asked("read", template, rng, about="read", answer=scene.word, spoiler=scene.word)]
+    return [ask("read", template, rng, about="read", answer=scene.word, spoiler=scene.word)]
 
 
 def ask_letters(scene: Scene, rng: random.Random) -> list[Asked]:
@@ -278,7 +256,7 @@ def ask_letters(scene: Scene, rng: random.Random) -> list[Asked]:
         "letters": str(len(word)),
     }
     return [
-        _asked("letters", template, rng, about=template, answer=answer, spoiler=word)
+        ask("letters", template, rng, about=template, answer=answer, spoiler=word)
         for template, answer in answers.items()
     ]
 
@@ -302,7 +280,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[Asked]:
         for side in _direction(a, b, apart):
             answer, said = ("Yes", side) if rng.random() < 0.5 else ("No", OPPOSITE[side])
             asked.append(
-                _asked(
+                ask(
                     "relation", "relation", rng, about=f"relation {a.name} {b.name}", answer=answer,
                     a=a.name, b=b.name, side=said,
                 )
@@ -315,7 +293,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> list[Asked]:
             perhaps = [a for a in scene.shapes if a is not b and side in _direction(a, b, 0.1 * apart)]
             if len(clear) == len(perhaps) == 1:
                 asked.append(
-                    _asked(
+                    ask(
                         "relation", "what is", rng, about=f"what {side} {b.name}", answer=clear[0].name,
                         b=b.name, side="to the " + side if side.endswith("of") else side,
                     )
@@ -332,7 +310,7 @@ def ask_position(scene: Scene, rng: random.Random) -> list[Asked]:
     for side in OPPOSITE:
         for thing in scene.shapes:
             if all(other is thing or side in _direction(thing, other, apart) for other in scene.shapes):
-                asked.append(_asked("position", f"outermost {side}", rng, about=side, answer=thing.name))
+                asked.append(ask("position", f"outermost {side}", rng, about=side, answer=thing.name))
     return asked
 
 
@@ -346,9 +324,7 @@ def ask_size(scene: Scene, rng: random.Random) -> list[Asked]:
         one, two = rng.sample((a, b), 2)
         template, answer = rng.choice((("larger", large.name), ("smaller", small.name)))
         asked.append(
-            _asked(
-                "size", template, rng, about=f"size {a.name} {b.name}", answer=answer, a=one.name, b=two.name
-            )
+            ask("size", template, rng, about=f"size {a.name} {b.name}", answer=answer, a=one.name, b=two.name)
         )
     return asked
 
@@ -360,31 +336,29 @@ def ask_chart(scene: Scene, rng: random.Random) -> list[Asked]:
         return []
     ranked = sorted(bars, key=lambda bar: bar.box[1])
     asked = [
-        _asked("chart", "tallest", rng, about="tallest", answer=ranked[0].colour),
-        _asked("chart", "shortest", rng, about="shortest", answer=ranked[-1].colour),
-        _asked("chart", "bars", rng, about="bars", answer=str(len(bars))),
+        ask("chart", "tallest", rng, about="tallest", answer=ranked[0].colour),
+        ask("chart", "shortest", rng, about="shortest", answer=ranked[-1].colour),
+        ask("chart", "bars", rng, about="bars", answer=str(len(bars))),
     ]
     for bar in bars:
         if bar.shape:
             asked.append(
-                _asked(
-                    "chart", "bar colour", rng, about=f"bar {bar.shape}", answer=bar.colour, label=bar.shape
-                )
+                ask("chart", "bar colour", rng, about=f"bar {bar.shape}", answer=bar.colour, label=bar.shape)
             )
             asked.append(
-                _asked(
+                ask(
                     "chart", "bar label", rng, about=f"label {bar.shape}", answer=bar.shape, colour=bar.colour
                 )
             )
     a, b = rng.sample(bars, 2)
     answer = "Yes" if a.box[1] < b.box[1] else "No"
-    asked.append(_asked("chart", "taller", rng, about="taller", answer=answer, a=a.colour, b=b.colour))
+    asked.append(ask("chart", "taller", rng, about="taller", answer=answer, a=a.colour, b=b.colour))
     return asked
 
 
 def ask_caption(scene: Scene, rng: random.Random) -> list[Asked]:
     """Ask for a description of the whole picture."""
-    return [_asked("caption", "caption", rng, about="caption", answer=caption(scene))]
+    return [ask("caption", "caption", rng, about="caption", answer=caption(scene))]
 
 
 QUESTIONS: dict[str, Callable[[Scene, random.Random], list[Asked]]] = {
@@ -403,5 +377,11 @@ QUESTIONS: dict[str, Callable[[Scene, random.Random], list[Asked]]] = {
     "letters": ask_letters,
     "position": ask_position,
     "region": ask_region,
+    "small_print": ask_small_print,
+    "small_locate": ask_small_locate,
+    "small_count": ask_small_count,
+    "small_colour": ask_small_colour,
+    "small_letters": ask_small_letters,
+    "small_text": ask_small_text,
 }
 """Every kind of question about one picture."""

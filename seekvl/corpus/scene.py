@@ -10,6 +10,8 @@ from PIL import Image
 
 Rgb = tuple[int, int, int]
 Bounds = tuple[float, float, float, float]
+Layout = Literal["list", "menu", "table", "banner", "ruler"]
+"""Kinds of strips."""
 
 COLOURS: dict[str, Rgb] = {
     "red": (216, 34, 40),
@@ -53,7 +55,9 @@ class Drawn:
     """One thing in a picture."""
 
     kind: Literal["shape", "sign", "text", "letter", "bar"]
-    """What sort of thing; "text" is a whole word, "letter" one of its letters."""
+    """What sort of thing; "text" is a whole word or number, "letter" one letter of a word, "sign" what a
+    word is on, also a panel of a strip.
+    """
     name: str
     """How it is called, such as "red circle"."""
     colour: str
@@ -61,9 +65,21 @@ class Drawn:
     shape: str
     """Shape of a shape, the letter of a letter, the word of a text, the label under a bar, else empty."""
     size: Literal["small", "medium", "large"]
-    """How large it is beside the picture's longer side; bars, signs and letters are "medium"."""
+    """How large it is beside the picture's longer side; bars, signs, words and letters are "medium"."""
     box: Bounds
     """x1, y1, x2, y2 in px: the tight box of its visible pixels (a turned letter: of its turned corners)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What belongs together at one place of a strip: a line, a column, a panel, a labelled tick."""
+
+    text: Drawn
+    """Its word; on a ruler its number."""
+    number: Drawn | None = None
+    """The number beside or under the word, in a table."""
+    mark: Drawn | None = None
+    """The panel under the word, the bullet before it, the pointer at it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +88,18 @@ class Scene:
 
     image: Image.Image
     """The picture, RGB."""
-    style: Literal["shapes", "sign", "chart"]
-    """Which of the three drawers made it."""
+    style: Literal["shapes", "sign", "chart", "strip"]
+    """Which of the four drawers made it."""
     background: str
     """Name of the background's colour, a key of `GROUNDS`."""
     objects: tuple[Drawn, ...]
     """The things in it, in the order they were drawn."""
     word: str = ""
     """What is written, in a picture of style "sign"."""
+    layout: Layout | None = None
+    """What a picture of style "strip" looks like."""
+    entries: tuple[Entry, ...] = ()
+    """The places of a strip, from top to bottom or from left to right; all their things are objects, too."""
 
     @property
     def shapes(self) -> tuple[Drawn, ...]:
@@ -98,6 +118,20 @@ def distance(a: Rgb, b: Rgb) -> float:
     5.0
     """
     return math.dist(a, b)
+
+
+def luma(colour: Rgb) -> float:
+    """Brightness of a colour, 0 to 255."""
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+
+
+def distinct_colours(rng: random.Random, palette: dict[str, Rgb], count: int) -> list[str]:
+    """Choose so many colours by name, no two of them close; fewer where the palette has no more."""
+    names: list[str] = []
+    for name in rng.sample(tuple(palette), len(palette)):
+        if len(names) < count and all(distance(palette[name], palette[other]) >= 60 for other in names):
+            names.append(name)
+    return names
 
 
 def jittered(rng: random.Random, colour: Rgb, *, amount: int) -> Rgb:

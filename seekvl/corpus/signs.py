@@ -2,60 +2,18 @@
 
 import math
 import random
-from functools import cache, lru_cache
-from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from seekvl.corpus.scene import Bounds, Canvas, Drawn, Rgb, Scene, canvas_size, distance, shade
+from seekvl.corpus.lettering import FACES, cap_share, font, ink_box
+from seekvl.corpus.scene import Bounds, Canvas, Drawn, Rgb, Scene, canvas_size, distance, luma, shade
 from seekvl.corpus.shapes import SHAPES, place_shapes
 from seekvl.corpus.words import draw_word
-from seekvl.runtime import require
-
-FACES = (
-    "DejaVuSans.ttf",
-    "DejaVuSans-Bold.ttf",
-    "DejaVuSansMono.ttf",
-    "DejaVuSansMono-Bold.ttf",
-    "DejaVuSerif.ttf",
-    "DejaVuSerif-Bold.ttf",
-    "STIXGeneral.ttf",
-    "STIXGeneralBol.ttf",
-)
-"""Faces that ship inside matplotlib, so that every machine draws the same letters."""
 
 LEAST_LETTER = 0.1
 """Least height of a letter as a share of the picture's longer side: 25 px where that is 256."""
 FINE = 2
 """Signs are drawn this many times larger and averaged down."""
-
-
-@cache
-def _font_folder() -> Path:
-    """Find the folder of matplotlib's own fonts."""
-    return Path(require("matplotlib", extra="data").get_data_path()) / "fonts" / "ttf"
-
-
-@lru_cache(maxsize=1024)
-def font(face: str, size: int) -> ImageFont.FreeTypeFont:
-    """Load one of `FACES` at a size in px."""
-    return ImageFont.truetype(str(_font_folder() / face), size, layout_engine=ImageFont.Layout.BASIC)
-
-
-@lru_cache(maxsize=4096)
-def _ink(face: str, size: int, letter: str) -> Bounds:
-    """Find the tight box of a letter's ink in px from its origin; the box a font tells has blank sides."""
-    sheet = Image.new("L", (2 * size, 2 * size))
-    ImageDraw.Draw(sheet).text((size // 2, size), letter, font=font(face, size), fill=255, anchor="ls")
-    left, top, right, bottom = sheet.getbbox() or (0, 0, 0, 0)
-    return left - size // 2, top - size, right - size // 2, bottom - size
-
-
-@cache
-def _cap_share(face: str) -> float:
-    """Height of a capital letter as a share of the font's size."""
-    _, top, _, bottom = font(face, 200).getbbox("H")
-    return (bottom - top) / 200
 
 
 def draw_sign(rng: random.Random, *, held_out: bool = False, word: str | None = None) -> Scene:
@@ -104,13 +62,8 @@ def _colours(rng: random.Random, canvas: Canvas, *, bare: bool) -> tuple[tuple[s
         under = canvas.tones if bare else (board[1],)
         name = rng.choice(("black", "white", *palette)) if not bare else rng.choice(tuple(palette))
         ink = shade(rng, name)
-        if all(distance(ink, tone) >= 130 and abs(_luma(ink) - _luma(tone)) >= 70 for tone in under):
+        if all(distance(ink, tone) >= 130 and abs(luma(ink) - luma(tone)) >= 70 for tone in under):
             return board, (name, ink)
-
-
-def _luma(colour: Rgb) -> float:
-    """Brightness of a colour, 0 to 255."""
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 
 
 def _sign_layers(
@@ -121,9 +74,9 @@ def _sign_layers(
     turn = rng.choice((0.0, rng.uniform(-6, 6)))
     spread = rng.uniform(0.04, 0.18)  # of the font's size, between letters
     pad = rng.uniform(0.3, 0.6) if not bare else 0.06
-    size = FINE * canvas.longer * rng.uniform(LEAST_LETTER, 0.24) / _cap_share(face)
+    size = FINE * canvas.longer * rng.uniform(LEAST_LETTER, 0.24) / cap_share(face)
     room_x, room_y = (canvas.width - 4) * FINE, (canvas.height - 4) * FINE
-    least = FINE * canvas.longer * LEAST_LETTER / _cap_share(face)
+    least = FINE * canvas.longer * LEAST_LETTER / cap_share(face)
     while True:
         letters = font(face, round(size))
         gap = spread * size
@@ -131,7 +84,7 @@ def _sign_layers(
         for letter in word:
             starts.append(x)
             x += letters.getlength(letter) + gap
-        inner, tall = x - gap, size * _cap_share(face)
+        inner, tall = x - gap, size * cap_share(face)
         width, height = inner + 2 * pad * size, tall + 2 * pad * size
         cosine, sine = math.cos(math.radians(turn)), abs(math.sin(math.radians(turn)))
         if width * cosine + height * sine <= room_x and width * sine + height * cosine <= room_y:
@@ -148,7 +101,7 @@ def _sign_layers(
     for letter, start in zip(word, starts, strict=True):
         at = (pad * size + start, pad * size + tall)
         pen.text(at, letter, font=letters, fill=255, anchor="ls")
-        left, top, right, bottom = _ink(face, round(size), letter)
+        left, top, right, bottom = ink_box(face, round(size), letter)
         boxes.append((at[0] + left, at[1] + top, at[0] + right, at[1] + bottom))
     layers = [_settle(mask, turn) for mask in (board, border, ink)]
     around = (plane[0] / 2, plane[1] / 2)

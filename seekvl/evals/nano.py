@@ -149,12 +149,12 @@ def evaluate(
     kinds: Sequence[str] | None = None,
     batch: int = 64,
 ) -> Report:
-    """Ask n questions of each kind (all of `SCORES` when None), `batch` at a time, and report the accuracies.
+    """Ask n questions of each kind (of `KINDS` when None), `batch` at a time, and report the accuracies.
 
     Raises SeekVLError when `answer` returns another number of answers than it got questions.
     """
     rows = []
-    for kind in SCORES if kinds is None else kinds:
+    for kind in KINDS if kinds is None else kinds:
         asked = examples(draw, kind, n=n, seed=seed)
         total = 0.0
         for start in range(0, n, batch):
@@ -181,5 +181,14 @@ SCORES: dict[str, Callable[[str, str], float]] = {
     "chart": same_words,
     "caption": same_words,
     "two_pictures": same_words,
+    "small_print": same_letters,
+    "small_locate": same_box,
+    "small_count": same_words,
+    "small_colour": same_words,
 }
 """How each kind of question is scored."""
+
+KINDS = tuple(kind for kind in SCORES if not kind.startswith("small_"))
+"""Kinds that are asked when none is named: all but those about small print in long pictures, which are made
+for models that cut them into tiles.
+"""

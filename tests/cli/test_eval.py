@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from seekvl.corpus.nano import KINDS
 from tests.cli.conftest import Run
 
 
@@ -23,6 +24,18 @@ def test_json_names_seed_and_kinds(run: Run, model: tuple[str, ...]) -> None:
     result = run("eval", "nano", "--n", "1", "--kinds", "locate", "--seed", "7", "--json", *model)
     said = json.loads(result.stdout)
     assert (said["seed"], list(said["kinds"])) == (7, ["locate"])
+
+
+def test_small_print_is_measured_where_it_is_asked_for(run: Run, model: tuple[str, ...]) -> None:
+    result = run("eval", "nano", "--n", "1", "--kinds", "small_print,small_locate", "--json", *model)
+    assert result.exit_code == 0, result.output
+    kinds = json.loads(result.stdout)["kinds"]
+    assert {kind: row["n"] for kind, row in kinds.items()} == {"small_print": 1, "small_locate": 1}
+
+
+def test_all_kinds_but_small_print_are_measured_by_default(run: Run, model: tuple[str, ...]) -> None:
+    kinds = json.loads(run("eval", "nano", "--n", "1", "--json", *model).stdout)["kinds"]
+    assert list(kinds) == list(KINDS)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+from seekvl.corpus.asked import grid_box
 from seekvl.corpus.charts import draw_chart
-from seekvl.corpus.questions import QUESTIONS, caption, grid_box, questions
+from seekvl.corpus.questions import QUESTIONS, caption, questions
 from seekvl.corpus.scene import Drawn, Scene
 from seekvl.corpus.shapes import draw_shapes
 from seekvl.corpus.signs import draw_sign
+from seekvl.corpus.strips import draw_strip
 from seekvl.processing.grounding import parse_boxes
 
 
@@ -176,7 +178,7 @@ def test_every_kind_fills_its_wordings_and_tells_its_kind(kind):
     found = 0
     for seed in range(30):
         rng = random.Random(seed)
-        for draw in (draw_shapes, draw_sign, draw_chart):
+        for draw in (draw_shapes, draw_sign, draw_chart, draw_strip):
             for one in questions(draw(rng), rng, kind=kind):
                 found += 1
                 assert one.kind == kind

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from seekvl.corpus.scene import COLOURS
-from seekvl.corpus.signs import FACES, LEAST_LETTER, draw_sign, font
+from seekvl.corpus.signs import LEAST_LETTER, draw_sign
 from seekvl.corpus.words import WORDS_HELD_OUT, WORDS_TRAIN, draw_word
 
 
@@ -54,9 +54,3 @@ def test_held_out_words_are_only_on_held_out_signs():
         held_out = draw_word(random.Random(seed), held_out=True)
         assert held_out in WORDS_HELD_OUT
         assert held_out not in WORDS_TRAIN
-
-
-@pytest.mark.parametrize("face", FACES)
-def test_every_face_has_its_own_letters(face):
-    shapes = {bytes(font(face, 30).getmask(letter)) for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
-    assert len(shapes) == 26

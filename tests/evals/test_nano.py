@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from seekvl.corpus.nano import KINDS, sample
+from seekvl.corpus.nano import KINDS, SMALL_KINDS, sample
+from seekvl.evals import nano
 from seekvl.evals.nano import SCORES, Example, Report, Row, evaluate, examples, score
 from seekvl.processing.conversation import Conversation, Message, Text
 from seekvl.runtime import SeekVLError
@@ -31,6 +32,14 @@ def example(kind: str, expected: str) -> Example:
         ("locate", BOX, BOX.replace("200, 200", "200, 149"), 0.0),  # IoU 0.49
         ("locate", BOX, "red circle", 0.0),
         ("locate", BOX, BOX + BOX, 0.0),
+        ("small_print", "STOP", " STOP", 1.0),
+        ("small_print", "STOP", "Stop", 0.0),
+        ("small_print", "470", "47", 0.0),
+        ("small_locate", BOX, BOX.replace("200, 200", "200, 151"), 1.0),
+        ("small_locate", BOX, BOX.replace("200, 200", "200, 149"), 0.0),
+        ("small_count", "10", "10", 1.0),
+        ("small_count", "10", "1", 0.0),
+        ("small_colour", "red", "Red", 1.0),
         ("caption", "A red ring.", "A red ring.", 1.0),
         ("caption", "A red ring.", "A ring.", 0.0),
     ],
@@ -40,10 +49,16 @@ def test_scores_by_hand(kind, expected, answer, points):
 
 
 def test_every_kind_the_corpus_names_is_measured():
-    assert tuple(SCORES) == KINDS
+    assert tuple(SCORES) == (*KINDS, *SMALL_KINDS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_small_print_is_measured_only_where_it_is_asked_for():
+    assert nano.KINDS == KINDS
+    report = evaluate(lambda asked: [""] * len(asked), sample, n=1, seed=0)
+    assert [row.kind for row in report.rows] == list(KINDS)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *SMALL_KINDS])
 def test_examples_end_in_the_question_and_their_own_answer_is_right(kind):
     for one in examples(sample, kind, n=5, seed=1):
         assert one.conversation.messages[-1].role == "user"
