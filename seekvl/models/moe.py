@@ -5,12 +5,14 @@ feed-forward layer of DeepSeek-VL2 (2412.10302, sec. 2).
     y = sum over the k chosen of (weight * expert x) + shared x
 
 The experts are stacked tensors. The slots of all tokens, k each, are sorted by expert once; then one grouped
-matrix product does all experts, forward and backward. Counts and order never leave the device.
+matrix product does all experts, forward and backward. Counts and order never leave the device; only decoding
+on a CPU reads them.
 
-Letters: b rows, t tokens, n tokens of all rows, k experts a token, z slots (n * k), E experts, m width of an
-expert, d width.
+Letters: b rows, t tokens, n tokens of all rows, k experts a token, z slots (n * k), c slots of one expert, E
+experts, m width of an expert, d width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -19,16 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seekvl.models.llama import Mlp
+from seekvl.models.native import products_for
 from seekvl.runtime import SeekVLError
 
 Scoring = Literal["softmax", "sigmoid"]
 Choice = Literal["greedy", "group_limited", "noaux_tc"]
 
 FEW_SLOTS = 16
-"""Token slots up to which an accelerator multiplies with copies of the chosen experts, as in decoding. A CPU
-does not: the grouped product reads each chosen expert in its place (0.33 of the time in float32, 0.59 in
-bfloat16, for one token of the tiny model's layer).
-"""
+"""Token slots up to which an accelerator multiplies with copies of the chosen experts, as in decoding."""
 
 ALIGNMENT = 16
 """Bytes to which the rows of a grouped product must be aligned."""
@@ -224,9 +224,15 @@ class Experts(nn.Module):
         """Return f[n, d]: what experts i64[n, k] make of x[n, d], summed in float32 by weights f32[n, k]."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        few = device != "cpu" and experts.numel() <= FEW_SLOTS
-        outputs = (self.gathered if few else self.grouped)(x.to(dtype), experts)  # n k d
-        return (outputs.float() * weights.unsqueeze(-1)).sum(dim=1).to(dtype)  # n d
+        outputs = self._way(experts, device=device)(x.to(dtype), experts)  # n k d
+        return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(dtype)  # n d
+
+    def _way(self, experts: Tensor, *, device: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the fastest way for experts i64[n, k] on this kind of device."""
+        if device != "cpu":
+            return self.gathered if experts.numel() <= FEW_SLOTS else self.grouped
+        answering = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self.visited if answering and experts.numel() <= len(self.gate_proj) else self.grouped
 
     def grouped(self, x: Tensor, experts: Tensor) -> Tensor:
         """Return f[n, k, d], the output of every slot: sort by expert, multiply in groups, sort back.
@@ -238,7 +244,7 @@ class Experts(nn.Module):
         every = torch.arange(len(self.gate_proj), device=x.device)
         ends = torch.searchsorted(slots[order], every, right=True, out_int32=True)  # E
         rows = x.index_select(0, order // experts.shape[1])  # z d
-        hidden = F.silu(_by_group(rows, self.gate_proj, ends)) * _by_group(rows, self.up_proj, ends)  # z m
+        hidden = _swiglu(*(_by_group(rows, weight, ends) for weight in (self.gate_proj, self.up_proj)))  # z m
         rows = _by_group(hidden, self.down_proj, ends)  # z d
         return torch.unflatten(rows.index_select(0, order.argsort()), 0, experts.shape)
 
@@ -250,8 +256,28 @@ class Experts(nn.Module):
             weight.to(x.dtype).index_select(0, slots)
             for weight in (self.gate_proj, self.up_proj, self.down_proj)
         )
-        hidden = F.silu(gate @ rows) * (up @ rows)  # z m 1
+        hidden = _swiglu(gate @ rows, up @ rows)  # z m 1
         return torch.unflatten((down @ hidden).squeeze(2), 0, experts.shape)
+
+    def visited(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Return f[n, k, d], the output of every slot, going to the chosen experts one after the other.
+
+        For a CPU that decodes: with no more slots than experts most of the chosen have a single token, for
+        which there are better kernels (`native`). Each matrix is read once, in its place.
+        """
+        visits: dict[int, list[int]] = {}
+        for slot, expert in enumerate(experts.flatten().tolist()):
+            visits.setdefault(expert, []).append(slot)
+        parts = []
+        for expert, slots in visits.items():
+            rows = x if len(x) == 1 else x[[slot // experts.shape[1] for slot in slots]]  # c d
+            gate, up, down = (
+                weight[expert].to(x.dtype) for weight in (self.gate_proj, self.up_proj, self.down_proj)
+            )
+            with products_for(rows):
+                parts.append(F.linear(_swiglu(F.linear(rows, gate), F.linear(rows, up)), down))  # c d
+        order = torch.tensor([slot for slots in visits.values() for slot in slots])
+        return torch.unflatten(torch.cat(parts)[order.argsort()], 0, experts.shape)
 
 
 class Moe(nn.Module):
@@ -270,16 +296,23 @@ class Moe(nn.Module):
         if record is not None:
             record.add(layer, routing, self.config)
         experts, weights = routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)  # n k
-        out: Tensor = self.experts(x.flatten(0, 1), experts=experts, weights=weights).unflatten(
-            0, x.shape[:2]
-        )
-        return out if self.shared is None else out + self.shared(x)
+        with products_for(x):
+            out: Tensor = self.experts(x.flatten(0, 1), experts=experts, weights=weights)  # n d
+            out = torch.unflatten(out, 0, x.shape[:2])  # b t d
+            return out if self.shared is None else out + self.shared(x)
 
 
 def _parameter(*shape: int) -> nn.Parameter:
     """Make a matrix, or a stack of them, with numbers like those of a fresh `nn.Linear`."""
     bound = shape[-1] ** -0.5
     return nn.Parameter(nn.init.uniform_(torch.empty(shape), -bound, bound))
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up; without gradients in the memory of gate, as fresh memory costs a CPU time."""
+    if torch.is_grad_enabled():
+        return F.silu(gate) * up
+    return F.silu(gate, inplace=True).mul_(up)
 
 
 def _by_group(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

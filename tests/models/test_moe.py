@@ -148,13 +148,101 @@ def test_all_ways_to_multiply_agree(monkeypatch: pytest.MonkeyPatch, dtype: torc
         return gradients(model, lambda x: way(x.flatten(0, 1), experts), x)
 
     grouped, gathered = by(model.experts.grouped), by(model.experts.gathered)
+    visited = by(model.experts.visited)
     monkeypatch.setattr(F, "grouped_mm", lambda *_, **__: pytest.fail("there is no grouped product"))
     monkeypatch.delattr(F, "grouped_mm")
     looped = by(model.experts.grouped)
     atol = 2e-5 if dtype == torch.float32 else 3e-2
     for name, values in grouped.items():
         torch.testing.assert_close(gathered[name], values, rtol=atol, atol=atol)
+        torch.testing.assert_close(visited[name], values, rtol=atol, atol=atol)
         torch.testing.assert_close(looped[name], values, rtol=atol, atol=atol)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("situation", ["ordinary", "one token", "empty experts", "one expert for all"])
+@pytest.mark.parametrize("count", [1, 2, 3, 10])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.choice)
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-2)], ids=["float32", "bfloat16"]
+)
+def test_answers_equal_the_slow_version_for_few_and_many_tokens(
+    config: MoeConfig, situation: str, count: int, dtype: torch.dtype, atol: float
+) -> None:
+    model = make(config)
+    x = (
+        tokens(situation, model).flatten(0, 1)[:count].unsqueeze(1).to(dtype)
+    )  # rows of one token, as in decoding
+    model = model.to(dtype)
+    torch.testing.assert_close(model(x), slow_moe(model, x), rtol=atol, atol=atol)
+
+
+def test_only_decoding_on_a_cpu_reads_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(TINY)
+    ways = []
+    for name in ("grouped", "gathered", "visited"):
+        way = getattr(model.experts, name)
+        monkeypatch.setattr(
+            model.experts, name, lambda x, experts, way=way, name=name: ways.append(name) or way(x, experts)
+        )
+    few, many = torch.randn(1, 2, WIDTH), torch.randn(1, 3, WIDTH)  # 6 and 9 slots for 8 experts
+    model(few)
+    with torch.no_grad():
+        model(few)
+        model(many)
+        assert ways == ["grouped", "visited", "grouped"]
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        model(few)
+    assert ways[3:] == ["grouped"]
+
+
+@torch.no_grad()
+def test_decoding_reads_each_chosen_expert_once_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(TINY)
+    x = tokens("one expert for all", model)[:, :1].flatten(0, 1)
+    chosen = model.gate(x.unsqueeze(0)).experts[0]
+    assert len(chosen.unique()) < chosen.numel()
+    seen: list[int] = []
+    linear = F.linear
+    monkeypatch.setattr(
+        F, "linear", lambda rows, weight: seen.append(weight.data_ptr()) or linear(rows, weight)
+    )
+    model.experts.visited(x, chosen)
+    stacks = model.experts.gate_proj, model.experts.up_proj, model.experts.down_proj
+    expected = {stack[e].data_ptr() for stack in stacks for e in chosen.unique().tolist()}
+    assert sorted(seen) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens_in", "grad", "native"),
+    [
+        (torch.bfloat16, 1, False, True),
+        (torch.bfloat16, 2, False, False),
+        (torch.bfloat16, 1, True, False),
+        (torch.float32, 1, False, False),
+    ],
+)
+def test_a_single_bfloat16_token_goes_through_the_native_products(
+    dtype: torch.dtype, tokens_in: int, grad: bool, native: bool
+) -> None:
+    model = make(TINY).to(dtype)
+    assert model.shared is not None
+    enabled = []
+    for part in (model.shared.gate_proj, model.shared.down_proj):
+        part.register_forward_pre_hook(lambda *_: enabled.append(torch.backends.mkldnn.enabled))
+    with torch.set_grad_enabled(grad):
+        model(torch.randn(1, tokens_in, WIDTH).to(dtype))
+    assert enabled == [not native] * 2
+    assert torch.backends.mkldnn.enabled
+
+
+def test_autocast_decodes_in_its_dtype_too() -> None:
+    model = make(TINY)
+    x = torch.randn(1, 1, WIDTH)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), model(x), rtol=0, atol=3e-2)
 
 
 def test_no_loop_over_experts_where_widths_are_even(monkeypatch: pytest.MonkeyPatch) -> None:
