@@ -2,16 +2,31 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from seekvl.cli import options
 
+if TYPE_CHECKING:
+    from seekvl.recipes.nano_build import Build
+
 app = typer.Typer(no_args_is_help=True)
 
-EXAMPLE = "Example: seekvl train nano --out runs/nano --workers 2"
+Out = Annotated[
+    Path, typer.Option(metavar="DIR", file_okay=False, help="Folder for checkpoints, logs and the model.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that draw pictures ahead.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch; torch decides by default.")]
+Seed = Annotated[int, typer.Option(help="Decides weights, pictures and order.")]
+Resume = Annotated[
+    bool, typer.Option("--resume/--fresh", help="Go on where an earlier start stopped, or refuse to.")
+]
+StepsScale = Annotated[
+    float, typer.Option(help="Multiplies the steps of every stage: 0.001 tries the recipe out.")
+]
 
 
 @app.callback()
@@ -19,44 +34,93 @@ def train() -> None:
     """Train a model from nothing."""
 
 
-@app.command("nano", epilog=EXAMPLE)
+@app.command("nano", epilog="Example: seekvl train nano --out runs/nano --workers 2")
 def nano(
     *,
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", file_okay=False, help="Folder for checkpoints, logs and the model.")
-    ],
+    out: Out,
     device: options.Device = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that draw pictures ahead.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of torch; torch decides by default.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides weights, pictures and order.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Go on where an earlier start stopped, or refuse to.")
-    ] = True,
-    steps_scale: Annotated[
-        float, typer.Option(help="Multiplies the steps of every stage: 0.001 tries the recipe out.")
-    ] = 1.0,
+    workers: Workers = 1,
+    threads: Threads = None,
+    seed: Seed = 0,
+    resume: Resume = True,
+    steps_scale: StepsScale = 1.0,
 ) -> None:
     """Train seekvl-nano, the bundled model, from nothing: hours on two CPU cores.
 
     Ctrl-C stops after the step in work and saves it; called again, it goes on from there.
     """
     from seekvl.recipes.nano import build
+
+    _run(
+        build,
+        out=out,
+        device=device,
+        workers=workers,
+        threads=threads,
+        seed=seed,
+        resume=resume,
+        steps_scale=steps_scale,
+    )
+
+
+@app.command("nano-moe", epilog="Example: seekvl train nano-moe --out runs/nano-moe --workers 2")
+def nano_moe(
+    *,
+    out: Out,
+    device: options.Device = "auto",
+    workers: Workers = 1,
+    threads: Threads = None,
+    seed: Seed = 0,
+    resume: Resume = True,
+    steps_scale: StepsScale = 1.0,
+) -> None:
+    """Train seekvl-nano-moe, a DeepSeek-VL2 in miniature, on the tower of seekvl-nano: hours on two CPU
+    cores.
+
+    Ctrl-C stops after the step in work and saves it; called again, it goes on from there.
+    """
+    from seekvl.recipes.nano_moe import build
+
+    _run(
+        build,
+        out=out,
+        device=device,
+        workers=workers,
+        threads=threads,
+        seed=seed,
+        resume=resume,
+        steps_scale=steps_scale,
+    )
+
+
+def _run(
+    build: Callable[["Build"], Path],
+    *,
+    out: Path,
+    device: str,
+    workers: int,
+    threads: int | None,
+    seed: int,
+    resume: bool,
+    steps_scale: float,
+) -> None:
+    """Run a recipe and say where its model is."""
+    from seekvl.recipes.nano_build import Build
     from seekvl.runtime import select_device
     from seekvl.train.loop import RunInterruptedError
 
     _log_to_stderr()
+    start = Build(
+        folder=out,
+        device=select_device(device),
+        seed=seed,
+        workers=workers,
+        threads=threads,
+        scale=steps_scale,
+        resume=resume,
+    )
     try:
-        folder = build(
-            out,
-            seed=seed,
-            device=select_device(device),
-            workers=workers,
-            threads=threads,
-            scale=steps_scale,
-            resume=resume,
-        )
+        folder = build(start)
     except RunInterruptedError as error:
         typer.echo(f"{error}: call the same command again", err=True)
         raise typer.Exit(130) from None

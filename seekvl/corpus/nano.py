@@ -76,7 +76,9 @@ WEIGHTS = {
         "colour": 16, "shape": 16, "count": 20, "locate": 26, "relation": 10, "size": 6, "exist": 8,
         "caption": 7, "absent": 2, "background": 3, "position": 5, "region": 6,
     },
-    "sign": {"read": 40, "letters": 16, "locate": 10, "colour": 8, "caption": 6, "background": 1, "shape": 2},
+    "sign": {
+        "read": 40, "letters": 16, "locate": 16, "colour": 16, "caption": 6, "background": 1, "shape": 2,
+    },
     "chart": {"chart": 30, "locate": 8, "caption": 4, "region": 2},
     "strip": {
         "small_print": 46, "small_locate": 20, "small_count": 5, "small_colour": 8, "small_letters": 10,

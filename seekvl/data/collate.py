@@ -27,6 +27,8 @@ class Batch:
     """bool[b, t]: slots that picture rows fill, in order."""
     positions: Tensor
     """i64[b, t]: rotary positions, 0.. in every row."""
+    present: Tensor
+    """bool[b, t]: False at the padding."""
     pixels: Tensor | None
     """f32[n, 3, S, S], the pictures of row 0, then those of row 1 and so on; of DeepSeek-VL2 f32[k, 3, S, S],
     their tiles, with no padding between; None without pictures."""
@@ -55,6 +57,7 @@ class Batch:
             loss_weights=move(self.loss_weights),
             image_mask=move(self.image_mask),
             positions=move(self.positions),
+            present=move(self.present),
             pixels=None if self.pixels is None else move(self.pixels),
             low_pixels=None if self.low_pixels is None else move(self.low_pixels),
             normalized=self.normalized,
@@ -98,7 +101,7 @@ def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int
     shape = (len(inputs), width)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     loss_weights = torch.zeros(shape)
-    image_mask = torch.zeros(shape, dtype=torch.bool)
+    image_mask, present = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
     for row, sample in enumerate(inputs):
         if sample.loss_weights is None:
             raise SeekVLError(f"sample {row} of the batch has no loss weights; encode it with train=True")
@@ -106,11 +109,13 @@ def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int
         input_ids[row, :size] = sample.input_ids
         loss_weights[row, :size] = sample.loss_weights
         image_mask[row, :size] = sample.image_mask
+        present[row, :size] = True
     return Batch(
         input_ids=input_ids,
         loss_weights=loss_weights,
         image_mask=image_mask,
         positions=torch.arange(width).repeat(len(inputs), 1),
+        present=present,
         pixels=_stack([sample.pixels for sample in inputs], name="pixels"),
         low_pixels=_low_pixels(inputs),
         normalized=_normalized(inputs),

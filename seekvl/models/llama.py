@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from seekvl.models.attention import attend
 from seekvl.runtime import SeekVLError
 
 
@@ -148,14 +149,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *table), rotate(k, *table)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # b k s e
-        x = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and q.shape[2] > 1,
-            enable_gqa=self.heads != self.kv_heads,
-        )  # b h t e
+        x = attend(q, k, v, mask=mask, causal=mask is None and q.shape[2] > 1)  # b h t e
         out: Tensor = self.o_proj(rearrange(x, "b h t e -> b t (h e)"))  # b t d
         return out
 

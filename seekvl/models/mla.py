@@ -15,10 +15,10 @@ position, p rotary width, w value width of a head.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from seekvl.models.attention import attend
 from seekvl.models.llama import LayerCache, RmsNorm, rotate
 from seekvl.runtime import SeekVLError
 
@@ -112,12 +112,8 @@ class Mla(nn.Module):
         k, v = torch.split(kv, [config.nope_width, config.value_width], dim=-1)  # b h s n, b h s w
         q = torch.cat((q, q_rope), dim=-1)  # b h t n+p
         k = torch.cat((k, k_rope.expand(-1, self.heads, -1, -1)), dim=-1)  # b h s n+p
-        if q.device.type == "cpu":
-            # The fused CPU kernel wants one width for all three; without it the scores are materialised.
-            v = F.pad(v, (0, max(0, config.query_width - config.value_width)))
         causal = mask is None and q.shape[2] > 1
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
-        return x[..., : config.value_width]  # b h t w
+        return attend(q, k, v, mask=mask, causal=causal, scale=self.scale)  # b h t w
 
     def absorbed(
         self, q: Tensor, q_rope: Tensor, *, k_rope: Tensor, latent: Tensor, mask: Tensor | None

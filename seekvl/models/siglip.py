@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from seekvl.models.attention import attend
 from seekvl.runtime import SeekVLError
 
 Gelu = Literal["erf", "tanh"]
@@ -75,7 +76,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix x[n, t, c] over all its patches."""
         q, k, v = rearrange(self.qkv(x), "n t (three h e) -> three n h t e", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # n h t e
+        x = attend(q, k, v)  # n h t e
         out: Tensor = self.proj(rearrange(x, "n h t e -> n t (h e)"))  # n t c
         return out
 

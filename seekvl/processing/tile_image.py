@@ -205,6 +205,17 @@ def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, in
     return canvas
 
 
+def placed_box(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Locate a picture of this size, scaled to fit, on its canvas: left, top, right, bottom in px.
+
+    >>> placed_box((500, 300), (768, 384))
+    (64, 0, 704, 384)
+    """
+    fitted = fitted_size(size, canvas)
+    left, top = round((canvas[0] - fitted[0]) * 0.5), round((canvas[1] - fitted[1]) * 0.5)
+    return left, top, left + fitted[0], top + fitted[1]
+
+
 def check_tile_mode(mode: Preprocessing) -> None:
     """Refuse preprocessing "transformers", which has no DeepSeek-VL2."""
     if mode == "transformers":
@@ -261,13 +272,13 @@ def _check_visible(size: tuple[int, int], config: TileImageConfig, *, grid: Grid
 def _padded(image: Image.Image, config: TileImageConfig, *, grid: Grid) -> Image.Image:
     """Scale to fit the canvas of a grid (bicubic) and pad around the middle, as ImageOps.pad of Pillow."""
     canvas = _canvas(config, grid=grid)
-    fitted = fitted_size(image.size, canvas)
+    left, top, right, bottom = placed_box(image.size, canvas)
+    fitted = right - left, bottom - top
     if fitted == canvas:
         return image.resize(canvas, Image.Resampling.BICUBIC)
     padded = Image.new("RGB", canvas, config.pad_colour)
     if min(fitted) > 0:
-        offset = round((canvas[0] - fitted[0]) * 0.5), round((canvas[1] - fitted[1]) * 0.5)
-        padded.paste(image.resize(fitted, Image.Resampling.BICUBIC), offset)
+        padded.paste(image.resize(fitted, Image.Resampling.BICUBIC), (left, top))
     return padded
 
 

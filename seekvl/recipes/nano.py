@@ -11,13 +11,9 @@ Then come the three stages of 2403.05525, sec. 3.2.
     stage 3     SigLIP, adaptor, language model  several questions a picture
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from seekvl.corpus import nano as corpus
 from seekvl.models.adaptor import AdaptorConfig
@@ -26,21 +22,20 @@ from seekvl.models.llama import LlamaConfig
 from seekvl.models.sam import SamConfig
 from seekvl.models.siglip import SiglipConfig
 from seekvl.models.vl import VL, VLConfig
-from seekvl.processing.encode import ModelInput, Processor
+from seekvl.processing.encode import Processor
 from seekvl.processing.pad_image import PadImageConfig
 from seekvl.processing.template import Template
-from seekvl.processing.tokenizer import Tokenizer
-from seekvl.recipes.nano_encoders import Labeller, cell_batches, cell_loss
-from seekvl.recipes.nano_naming import naming
-from seekvl.recipes.nano_words import VOCABULARY, train_tokenizer
-from seekvl.runtime import SeekVLError, log, seed_for, torch_generator
-from seekvl.train.loop import Hook, Run, one_kind, train
-from seekvl.train.objective import next_token_loss
+from seekvl.processing.tokenizer import BOS, EOS, GROUNDING_MARKS, IMAGE, Tokenizer
+from seekvl.recipes.nano_build import Build, learn_to_answer, learn_words, warm_up_adaptor, warm_up_towers
+from seekvl.recipes.nano_initialise import initialise
+from seekvl.recipes.nano_sources import PictureSource, TextSource
+from seekvl.recipes.nano_views import Squares
+from seekvl.recipes.nano_words import VOCABULARY
+from seekvl.runtime import seed_for
 from seekvl.train.schedule import LanguageShare, Schedule
 from seekvl.train.stage import Group, Stage
-from seekvl.train.step import B, M, Objective
-from seekvl.train.streams import Streams
 from seekvl.weights.config import CheckpointConfig
+from seekvl.weights.load import NANO
 from seekvl.weights.save import save_checkpoint
 
 HALF = (0.5, 0.5, 0.5)
@@ -84,124 +79,17 @@ MODEL = VLConfig(
 IMAGE_CONFIG = PadImageConfig(
     image_size=256, patch_slots_side=10, mean=HALF, std=HALF, background=(127, 127, 127), low_size=160
 )
-RESIDUAL = ("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
-"""Ends of the names of weights that write to a residual stream."""
 TEMPLATE = Template(system="")
 """The template of the published models without its system prompt, which would be half of nano's tokens."""
+SPECIALS = (BOS, EOS, IMAGE, *GROUNDING_MARKS)
+"""Special tokens of its vocabulary: those of DeepSeek-VL, and the marks of boxes of DeepSeek-VL2."""
+QUESTIONS = 8
+"""Most questions a picture."""
 
 
 def processor(tokenizer: Tokenizer) -> Processor:
     """Return the processor of nano."""
     return Processor(tokenizer, IMAGE_CONFIG, TEMPLATE, max_tokens=MODEL.language.max_positions)
-
-
-def initialise(model: nn.Module, *, seed: int) -> None:
-    """Fill a fresh network with random numbers: weights by their fan-in, those that write to a residual
-    stream less.
-
-    Biases are zero and positions of patches start as waves; norms, relative positions and SAM's alpha stay as
-    made.
-    """
-    generator = torch_generator(seed, "initialise")
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            nn.init.zeros_(parameter)
-        elif name.endswith("pos_embed"):
-            parameter.data.copy_(
-                waves(parameter[0].numel() // parameter.shape[-1], parameter.shape[-1]).view_as(parameter)
-            )
-        elif parameter.dim() >= 2 and "rel_pos" not in name:
-            std = parameter[0].numel() ** -0.5
-            if name.endswith(RESIDUAL):
-                std *= 0.35  # about 1 / sqrt(2 x 4 layers)
-            nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std, generator=generator)
-
-
-def waves(cells: int, width: int) -> Tensor:
-    """Return sines and cosines of row and column, f32[cells, width], for a square of row-major cells.
-
-    A small tower that starts with them need not first find out where its patches are.
-    """
-    side = math.isqrt(cells)
-    place = torch.arange(side).float()
-    speed = 100.0 ** (-torch.arange(width // 4) / (width // 4))
-    rows, columns = torch.meshgrid(place, place, indexing="ij")
-    angles = [axis.flatten()[:, None] * speed for axis in (rows, columns)]
-    return 0.5 * torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-
-
-PLACES = (2.0, 1.0, 0.2, 0.2)
-"""Weight of a token inside a box, by how many digits stand right before it: hundreds, tens, units, end.
-
-What may stand at one place must weigh the same. By the digits that follow, the comma after a short number
-would weigh ten times the third digit of a long one, and every number would end after two.
-"""
-
-
-def weigh_answers(inputs: ModelInput, *, tokenizer: Tokenizer) -> ModelInput:
-    """Weigh tokens so that a long answer counts more than a short one, but not as many times more as it has
-    tokens, and the last digits of a box hardly at all.
-
-    By tokens, the digits of boxes would be most of what there is to learn, and "red" next to nothing; by
-    answers, a digit would count a tenth of "red", and boxes come last or never.
-
-        answer     red <eos>     <ref> red circle </ref> <det> [[ 1  2  0   , ...
-        weights    .7   .7       .2    .2  .2     .2     .4    .4 .4 .2 .04 .04
-    """
-    assert inputs.loss_weights is not None
-    counted = inputs.loss_weights > 0
-    begins = counted & ~torch.cat((torch.zeros(1, dtype=torch.bool), counted[:-1]))
-    answer = begins.cumsum(0) * counted  # t: number of the answer, 0 outside
-    lengths = answer.bincount()[answer].float()
-    return replace(inputs, loss_weights=counted * lengths**-0.5 * _places(inputs.input_ids, tokenizer))
-
-
-def _places(ids: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Return f32[t], the weight of each token by its place in a number of a box; 1 outside of boxes."""
-    opened, closed = (ids.eq(tokenizer.encode(mark)[0]) for mark in ("<|det|>", "<|/det|>"))
-    inside = opened.cumsum(0) > closed.cumsum(0)
-    digit = torch.isin(ids, torch.tensor([tokenizer.encode(str(digit))[0] for digit in range(10)])) & inside
-    before = torch.zeros_like(ids)  # t: digits right before, at most 3
-    run = torch.ones_like(digit)
-    for back in range(1, len(PLACES)):
-        run = run & torch.cat((torch.zeros(back, dtype=torch.bool), digit))[: len(digit)]
-        before += run
-    return torch.where(inside, torch.tensor(PLACES)[before], 1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class TextSource:
-    """Short dialogues without pictures."""
-
-    processor: Processor
-    seed: int
-
-    def __call__(self, index: int) -> ModelInput:
-        """Return sample `index`, encoded for training."""
-        conversation = corpus.text_sample(self.seed, index).conversation
-        return weigh_answers(
-            self.processor.encode(conversation, train=True), tokenizer=self.processor.tokenizer
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class PictureSource:
-    """Pictures with questions and answers; one in six is for counting, which mixed questions leave to small
-    numbers.
-    """
-
-    processor: Processor
-    seed: int
-    questions: int
-    """Most questions a picture."""
-
-    def __call__(self, index: int) -> ModelInput:
-        """Return sample `index`, encoded for training."""
-        kind = "count" if index % 6 == 5 else None
-        sample = corpus.sample(self.seed, index, kind=kind, questions=self.questions)
-        return weigh_answers(
-            self.processor.encode(sample.conversation, train=True), tokenizer=self.processor.tokenizer
-        )
 
 
 ADAPTOR = r"adaptor[.].*|vision[.]high[.](downsamples|neck|neck_hd)[.].*|vision[.]high[.]hd_alpha"
@@ -312,129 +200,24 @@ CHECKPOINT = CheckpointConfig(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Build:
-    """What belongs to one start of the recipe: where it runs and how long it takes."""
-
-    folder: Path
-    """Where the stages keep their checkpoints and logs."""
-    device: torch.device
-    seed: int = 0
-    workers: int = 1
-    """Processes that draw pictures ahead."""
-    threads: int | None = None
-    """CPU threads of torch; None leaves them as they are."""
-    scale: float = 1.0
-    """Multiplier on the steps of every stage, for trying the recipe out."""
-    resume: bool = True
-    """Go on where an earlier start stopped; otherwise the folder must be empty."""
-
-    def stage(self, stage: Stage) -> Stage:
-        """Return the stage with its steps scaled, warm-ups included."""
-        if self.scale == 1.0:
-            return stage
-
-        def scaled(steps: int) -> int:
-            """Return the steps of this start, at least one."""
-            return max(1, round(steps * self.scale))
-
-        share = stage.language and replace(stage.language, warmup=round(stage.language.warmup * self.scale))
-        schedule = replace(stage.schedule, warmup=min(scaled(stage.schedule.warmup), scaled(stage.steps)))
-        return replace(stage, steps=scaled(stage.steps), schedule=schedule, language=share)
-
-
-def build(
-    folder: Path,
-    *,
-    seed: int = 0,
-    device: torch.device,
-    workers: int = 1,
-    threads: int | None = None,
-    scale: float = 1.0,
-    resume: bool = True,
-    hooks: Sequence[Hook] = (),
-) -> Path:
+def build(start: Build) -> Path:
     """Train nano from nothing and return the folder of the finished checkpoint, in the official layout.
 
     Every stage saves as it goes; a second call with the same folder goes on where the first one stopped.
-    Raises SeekVLError for a scale that is not above 0 and for a folder that holds something else.
+    Raises SeekVLError for a folder that holds something else.
     """
-    if not scale > 0:
-        raise SeekVLError(f"scale {scale} must be above 0")
-    start = Build(
-        folder=folder, device=device, seed=seed, workers=workers, threads=threads, scale=scale, resume=resume
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    words = folder / "tokenizer.json"
-    if not words.exists():
-        log.info("learning the tokenizer")
-        train_tokenizer(words, template=TEMPLATE, seed=seed)
+    words = learn_words(start, template=TEMPLATE, specials=SPECIALS)
     prepare = processor(Tokenizer.from_file(words))
-    model = VL(MODEL)
-    initialise(model, seed=seed)
-    _warm_up_towers(start, model, hooks=hooks)
-    _run_stage(start, model, prepare, stage=start.stage(language()), questions=0, hooks=hooks)
-    _warm_up_adaptor(start, model, prepare, hooks=hooks)
+    model, look = VL(MODEL), Squares(IMAGE_CONFIG)
+    initialise(model, seed=start.seed)
+    assert isinstance(model.vision, Hybrid)
+    warm_up_towers(start, model.vision, stage=encoders(), look=look, draw=corpus.scene)
+    text = TextSource(prepare, start.seed)
+    learn_to_answer(start, model, stage=language(), lengths=LENGTHS, text=text)
+    warm_up_adaptor(start, model, stage=stage1(), look=look, draw=corpus.scene, tokenizer=prepare.tokenizer)
     for stage in (stage2(), stage3()):
-        _run_stage(start, model, prepare, stage=start.stage(stage), questions=8, hooks=hooks)
-    target = folder / "seekvl-nano"
+        pictures = PictureSource(prepare, seed_for(start.seed, stage.name), QUESTIONS)
+        learn_to_answer(start, model, stage=stage, lengths=LENGTHS, text=text, pictures=pictures)
+    target = start.folder / NANO
     save_checkpoint(model, target, config=CHECKPOINT, tokenizer=words, dtype=torch.float16, overwrite=True)
     return target
-
-
-def _warm_up_towers(start: Build, model: VL, *, hooks: Sequence[Hook]) -> None:
-    assert isinstance(model.vision, Hybrid)
-    stage = start.stage(encoders())
-    cells = cell_batches(IMAGE_CONFIG, batch_size=stage.batch_size, seed=start.seed)
-    _train(start, Labeller(model.vision), stage=stage, batch=cells, objective=cell_loss, hooks=hooks)
-
-
-def _warm_up_adaptor(start: Build, model: VL, prepare: Processor, *, hooks: Sequence[Hook]) -> None:
-    stage = start.stage(stage1())
-    cells = cell_batches(IMAGE_CONFIG, batch_size=stage.batch_size, seed=seed_for(start.seed, stage.name))
-    _train(start, model, stage=stage, batch=cells, objective=naming(prepare.tokenizer), hooks=hooks)
-
-
-def _run_stage(
-    start: Build, model: VL, prepare: Processor, *, stage: Stage, questions: int, hooks: Sequence[Hook]
-) -> None:
-    """Train one stage; `questions` is the most a picture is asked, 0 for a stage of text alone."""
-    text = TextSource(prepare, start.seed) if questions == 0 or stage.language else None
-    streams = Streams(
-        batch_size=stage.batch_size,
-        lengths=LENGTHS,
-        pad_id=prepare.tokenizer.pad_id,
-        language=text,
-        multimodal=PictureSource(prepare, seed_for(start.seed, stage.name), questions) if questions else None,
-        share=stage.language,
-    )
-    _train(
-        start, model, stage=stage, batch=streams, objective=next_token_loss, hooks=hooks, kind=streams.kind
-    )
-
-
-def _train(
-    start: Build,
-    model: M,
-    *,
-    stage: Stage,
-    batch: Callable[[int], B],
-    objective: Objective[M, B],
-    hooks: Sequence[Hook],
-    kind: Callable[[int], str] = one_kind,
-) -> None:
-    """Train one stage in a folder of its own."""
-    run = Run(
-        model=model,
-        stage=stage,
-        batch=batch,
-        objective=objective,
-        folder=start.folder / stage.name,
-        seed=start.seed,
-        kind=kind,
-        device=start.device,
-        precision="bfloat16",
-        workers=start.workers,
-        threads=start.threads,
-    )
-    train(run, resume=start.resume, hooks=hooks)

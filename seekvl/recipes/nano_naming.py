@@ -1,4 +1,4 @@
-"""Warm-up of seekvl-nano's adaptor: what lies under a cell, said with the language model's own words.
+"""Warm-up of an adaptor: what lies under a cell, said with the language model's own words.
 
 The paper warms its adaptor up on captions with a frozen language model (2403.05525, sec. 3.2.1). A frozen
 model of two million parameters gives it little to learn from: the adaptor ends up as a constant that pleases
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from seekvl.models.vl import VL
+from seekvl.models.vl2 import AnyVL
 from seekvl.processing.tokenizer import Tokenizer
 from seekvl.recipes.nano_encoders import ALPHABET, COLOUR_NAMES, FORMS, CellBatch
 from seekvl.train.objective import Loss
@@ -29,9 +31,12 @@ class Naming:
     """For each label of `NAMED` the token ids of its classes; class 0 means nothing and is never asked for.
     """
 
-    def __call__(self, model: VL, batch: CellBatch) -> Loss:
-        """Return the mean cross entropy of the names of a batch, counted in pictures."""
-        features = model.encode_pictures(batch.pixels)  # n t d
+    def __call__(self, model: AnyVL, batch: CellBatch) -> Loss:
+        """Return the mean cross entropy of the names of a batch, counted in pictures.
+
+        The cells of the batch are the features that the adaptor makes.
+        """
+        features = adapted(model, batch.pixels)  # n t d
         logits = model.head(model.language.norm(features)).float()
         losses = []
         for place, tokens in zip(NAMED.values(), self.tokens, strict=True):
@@ -41,6 +46,14 @@ class Naming:
             losses.append(wrong / (label > 0).sum().clamp(min=1))  # a batch may have no letter
         count = torch.tensor(float(len(batch)), device=features.device)
         return Loss(total=torch.stack(losses).sum() * count, weight=count)
+
+
+def adapted(model: AnyVL, pixels: Tensor) -> Tensor:
+    """Return what the adaptor makes of views f32[n, 3, S, S]: f[n, t, d], tiles with no lines around them."""
+    if isinstance(model, VL):
+        return model.encode_pictures(pixels)
+    features: Tensor = model.adaptor(model.vision(pixels, normalized=True))
+    return features
 
 
 def naming(tokenizer: Tokenizer) -> Naming:

@@ -219,6 +219,7 @@ def _one_step(
         lr=lr,
         grad_clip=run.stage.grad_clip,
         precision=run.precision,
+        bias_gamma=run.stage.bias_gamma,
     )
     return StepRecord(
         step=step,
@@ -231,6 +232,7 @@ def _one_step(
         skipped=result.skipped,
         seconds=time.monotonic() - begun,
         data_seconds=waited,
+        expert_load=result.expert_load,
     )
 
 

@@ -40,6 +40,10 @@ class StepRecord:
     """Wall time of the step, waiting for data included."""
     data_seconds: float
     """Wall time spent waiting for the batch."""
+    expert_load: float | None = None
+    """Load of the fullest expert over the mean of its layer, in the layer where that is most: 1 is balance.
+    None for a network, or a loss, without experts.
+    """
 
 
 def read_log(path: Path) -> list[StepRecord]:

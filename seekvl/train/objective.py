@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seekvl.data.collate import Batch
+from seekvl.models.moe import RouterRecord
 from seekvl.models.vl import VL
 from seekvl.models.vl2 import AnyVL
 from seekvl.runtime import SeekVLError
+from seekvl.train.routers import has_experts
 
 ROW_STEP = 64
 """Supervised rows are filled up to a multiple of this, so that the head meets few shapes."""
@@ -25,10 +27,21 @@ class Loss(NamedTuple):
     """f32[]: sum of weighted losses, with gradient."""
     weight: Tensor
     """f32[]: sum of the weights, without gradient."""
+    record: RouterRecord | None = None
+    """What the routers did; None for a network without experts, or a loss that does not reach them."""
 
     def mean(self) -> Tensor:
         """Return the total over the weight; 0 and no NaN where nothing counts."""
         return self.total / torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
+
+    def minimised(self) -> Tensor:
+        """Return what a step minimises: the mean, plus the balance losses of routers (2401.06066, sec. 3.3).
+
+        The loss that is told is the mean alone, as in the reference. Where nothing counts this is 0, too.
+        """
+        if self.record is None:
+            return self.mean()
+        return self.mean() + self.record.loss() * (self.weight > 0)
 
 
 def next_token_loss(model: AnyVL, batch: Batch) -> Loss:
@@ -40,11 +53,12 @@ def next_token_loss(model: AnyVL, batch: Batch) -> Loss:
         weights     0    0   0   0      0     0   1    1
         predicts                              ^yes ^<eos>
 
-    Only hidden states that predict a weighted token pass through the head.
+    Only hidden states that predict a weighted token pass through the head. With experts the record holds what
+    routers did with every token but padding.
     """
     features = picture_features(model, batch)
     embeds = model.embed(batch.input_ids, image_mask=batch.image_mask, image_features=features)
-    hidden = model.hidden(embeds, positions=batch.positions)  # b t d
+    hidden, record = _hidden(model, embeds, batch)  # b t d
     weights = batch.loss_weights[:, 1:].flatten()
     rows = weights.nonzero().squeeze(1)  # r
     fill = -len(rows) % ROW_STEP
@@ -52,7 +66,16 @@ def next_token_loss(model: AnyVL, batch: Batch) -> Loss:
     logits = model.head(F.pad(picked, (0, 0, 0, fill)))  # r' v
     targets = F.pad(batch.input_ids[:, 1:].flatten()[rows], (0, fill))
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    return Loss(total=(losses * F.pad(weights[rows], (0, fill))).sum(), weight=weights.sum())
+    total = (losses * F.pad(weights[rows], (0, fill))).sum()
+    return Loss(total=total, weight=weights.sum(), record=record)
+
+
+def _hidden(model: AnyVL, embeds: Tensor, batch: Batch) -> tuple[Tensor, RouterRecord | None]:
+    """Return hidden states f[b, t, d] of embeddings, and what routers did on the way, where there are any."""
+    if isinstance(model, VL) or not has_experts(model):
+        return model.hidden(embeds, positions=batch.positions), None
+    record = RouterRecord(counted=batch.present)
+    return model.hidden(embeds, positions=batch.positions, record=record), record
 
 
 def picture_features(model: AnyVL, batch: Batch) -> Tensor | None:

@@ -63,6 +63,10 @@ class Stage:
     """Of AdamW, table 4."""
     eps: float = 1e-8
     """Of AdamW."""
+    bias_gamma: float | None = None
+    """How far each step moves the correction bias of routers towards idle experts; 2412.10302 uses 0, 0.001
+    and 0 in base's stages. None leaves it alone, like 0.
+    """
 
     def __post_init__(self) -> None:
         for field, value in (("steps", self.steps), ("batch_size", self.batch_size)):
@@ -71,6 +75,10 @@ class Stage:
         for field, number in (("lr", self.lr), ("grad_clip", self.grad_clip)):
             if not 0 < number < float("inf"):
                 raise SeekVLError(f"stage {self.name!r}: {field} is {number}; it must be above 0 and finite")
+        if self.bias_gamma is not None and not 0 <= self.bias_gamma < float("inf"):
+            raise SeekVLError(
+                f"stage {self.name!r}: bias_gamma is {self.bias_gamma}; it must be finite and not below 0"
+            )
         if self.schedule.warmup > self.steps:
             raise SeekVLError(
                 f"stage {self.name!r}: warm-up of {self.schedule.warmup} steps in {self.steps} steps"
@@ -119,8 +127,10 @@ def table(stage: Stage, model: nn.Module) -> str:
         rule = "-" if group.frozen else group.rule
         rows.append((group.pattern, f"{count:,}", f"{size / 1e6:.2f}", rule, rate, decay))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    bias = f", router bias by {stage.bias_gamma:g}" if stage.bias_gamma else ""
     lines = [
-        f"stage {stage.name}: {stage.steps:,} steps of {stage.batch_size}, {stage.schedule.shape} schedule"
+        f"stage {stage.name}: {stage.steps:,} steps of {stage.batch_size}, {stage.schedule.shape} "
+        f"schedule{bias}"
     ]
     for row in rows:
         cells = [row[0].ljust(widths[0])] + [

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from seekvl.runtime import SeekVLError
 from seekvl.train.objective import Loss
 from seekvl.train.optimizer import Optimizer
+from seekvl.train.routers import busiest, move_biases
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -30,8 +31,8 @@ class StepBatch(Protocol):
 
 M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B", bound=StepBatch)
-Objective = Callable[[M, B], tuple[Tensor, Tensor]]
-"""From model and batch to the sum of losses (with gradient) and what to divide it by, such as a `Loss`."""
+Objective = Callable[[M, B], Loss]
+"""From model and batch to the sum of losses (with gradient) and what to divide it by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +40,15 @@ class StepResult:
     """What one step found."""
 
     loss: float
-    """Sum of losses over the weight."""
+    """Sum of losses over the weight, without balance losses."""
     weight: float
     """Supervised tokens, or whatever the objective divides by."""
     grad_norm: float
     """Norm of the whole gradient before clipping."""
     skipped: bool
     """True when loss or gradient was not finite and the parameters were left alone."""
+    expert_load: float | None
+    """Load of the fullest expert over the mean, see `routers.busiest`; None where the loss saw no router."""
 
 
 def take_step(
@@ -57,33 +60,43 @@ def take_step(
     lr: float,
     grad_clip: float,
     precision: Precision = "float32",
+    bias_gamma: float | None = None,
 ) -> StepResult:
     """Update the model once on a batch that lies on its device.
 
     precision "bfloat16" computes matrix products in bfloat16; parameters, loss and optimiser stay float32.
-    A loss or gradient that is not finite changes nothing but the result.
+    bias_gamma: how far router biases move afterwards, in float32 too; None or 0 leaves them. A loss or
+    gradient that is not finite changes nothing but the result.
 
-    Raises SeekVLError when no learning parameter has a part in the loss.
+    Raises SeekVLError when no learning parameter has a part in the loss, and for biases that cannot be moved.
     """
     with autocast(batch_device(model), precision=precision):
-        loss = Loss(*objective(model, batch))
-    mean = loss.mean()
-    if not mean.requires_grad:
+        loss = objective(model, batch)
+    minimised = loss.minimised()
+    if not minimised.requires_grad:
         raise SeekVLError(
             "no parameter that learns has a part in the loss; unfreeze one or change the objective"
         )
     optimizer.zero_grad()
-    mean.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    minimised.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(learning, grad_clip))
-    value = float(mean.detach())
+    value = float(loss.mean().detach())
     finite = math.isfinite(norm) and math.isfinite(value)
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         optimizer.step()
+        if bias_gamma:
+            move_biases(model, loss.record, gamma=bias_gamma)
     optimizer.zero_grad()
-    return StepResult(loss=value, weight=float(loss.weight), grad_norm=norm, skipped=not finite)
+    return StepResult(
+        loss=value,
+        weight=float(loss.weight),
+        grad_norm=norm,
+        skipped=not finite,
+        expert_load=None if loss.record is None else busiest(loss.record),
+    )
 
 
 def autocast(device: torch.device, *, precision: Precision) -> contextlib.AbstractContextManager[object]:

@@ -21,10 +21,10 @@ from seekvl.weights.official_vl2 import vl2_map
 from seekvl.weights.read import load_tensors
 from seekvl.weights.transformers_layout import transformers_map
 
-NANO = "seekvl-nano"
-"""Name of the model that ships with the package."""
+NANO, NANO_MOE = "seekvl-nano", "seekvl-nano-moe"
 
-NANO_FOLDER = Path(__file__).parent / "nano"
+BUNDLED = {name: Path(__file__).parent / folder for name, folder in ((NANO, "nano"), (NANO_MOE, "nano_moe"))}
+"""Models that ship with the package, by name: one of each family, the first is the default."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -55,7 +55,7 @@ def load_checkpoint(
     max_tokens: int | None = None,
     max_tiles: int | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint of either layout: the bundled model, a folder, or a hub id.
+    """Load a checkpoint of either layout: a bundled model, a folder, or a hub id.
 
     `max_tokens` bounds a prompt: by default the 4,096 tokens the checkpoints were trained on, at most the
     positions they have. `max_tiles` bounds the tiles of a picture in DeepSeek-VL2; None takes its rule.
@@ -159,10 +159,8 @@ def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
 
     What looks like a path and is none is an error, never a download.
     """
-    if name == NANO:
-        if not (NANO_FOLDER / "config.json").exists():
-            raise SeekVLError(f"{NANO} is not in this installation ({NANO_FOLDER}): reinstall seekvl")
-        return NANO_FOLDER
+    if name in BUNDLED:
+        return _bundled(str(name))
     path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
     if path.is_dir():
         if revision is not None:
@@ -174,11 +172,23 @@ def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
         raise SeekVLError(f"{path} is a file; give the folder that holds config.json and the weights")
     text = SHORT_NAMES.get(str(name), str(name))
     if isinstance(name, Path) or not HUB_ID.fullmatch(text) or Path(text).parent.exists():
-        known = ", ".join([NANO, *SHORT_NAMES])
+        known = ", ".join([*BUNDLED, *SHORT_NAMES])
         raise SeekVLError(
             f"there is no folder {str(name)!r}; give an existing folder, a hub id org/name, or one of {known}"
         )
     return _download(text, revision=revision)
+
+
+def _bundled(name: str) -> Path:
+    """Return the folder of a model that ships with the package, or say how to come by it."""
+    folder = BUNDLED[name]
+    if not (folder / "config.json").exists():
+        verb = name.removeprefix("seekvl-")
+        raise SeekVLError(
+            f"{name} is not in this installation ({folder}): reinstall seekvl, or make it with "
+            f"'seekvl train {verb} --out DIR' and give the folder DIR/{name}"
+        )
+    return folder
 
 
 def _download(repository: str, *, revision: str | None) -> Path:

@@ -7,6 +7,8 @@ import pytest
 import seekvl
 from tests.cli.conftest import Run
 
+MODELS = ("nano", "nano-moe")
+
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
@@ -17,8 +19,9 @@ from tests.cli.conftest import Run
         (("--out", "run", "--threads", "0"), "--threads"),
     ],
 )
-def test_wrong_calls(run: Run, arguments: tuple[str, ...], says: str) -> None:
-    result = run("train", "nano", *arguments)
+@pytest.mark.parametrize("model", MODELS)
+def test_wrong_calls(run: Run, model: str, arguments: tuple[str, ...], says: str) -> None:
+    result = run("train", model, *arguments)
     assert result.exit_code == 2
     assert says in result.stderr
 
@@ -27,8 +30,11 @@ def test_wrong_calls(run: Run, arguments: tuple[str, ...], says: str) -> None:
     ("arguments", "says"),
     [(("--steps-scale", "0"), "scale 0.0 must be above 0"), (("--device", "abacus"), "device 'abacus'")],
 )
-def test_bad_values_leave_no_folder(run: Run, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
-    result = run("train", "nano", "--out", tmp_path / "run", *arguments)
+@pytest.mark.parametrize("model", MODELS)
+def test_bad_values_leave_no_folder(
+    run: Run, tmp_path: Path, model: str, arguments: tuple[str, ...], says: str
+) -> None:
+    result = run("train", model, "--out", tmp_path / "run", *arguments)
     assert result.exit_code == 1
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
@@ -36,12 +42,13 @@ def test_bad_values_leave_no_folder(run: Run, tmp_path: Path, arguments: tuple[s
 
 
 @pytest.mark.slow
-def test_trains_a_model_that_answers(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_trains_a_model_that_answers(run: Run, tmp_path: Path, model: str) -> None:
     options = ("--out", tmp_path, "--device", "cpu", "--workers", "0", "--steps-scale", "0.0001")
-    result = run("train", "nano", *options)
+    result = run("train", model, *options)
     assert result.exit_code == 0, result.output
-    assert f"--model {tmp_path / 'seekvl-nano'}" in result.stdout
+    assert f"--model {tmp_path / f'seekvl-{model}'}" in result.stdout
     assert "stage3" in result.stderr
-    vlm = seekvl.load(tmp_path / "seekvl-nano", device="cpu")
+    vlm = seekvl.load(tmp_path / f"seekvl-{model}", device="cpu")
     assert vlm.ask([], "Hello", max_new_tokens=3).usage.completion_tokens <= 3
-    assert run("train", "nano", *options, "--fresh").exit_code == 1
+    assert run("train", model, *options, "--fresh").exit_code == 1

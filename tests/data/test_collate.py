@@ -29,6 +29,7 @@ def test_rows_are_padded_on_the_right_to_the_smallest_length() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7, 2], [8, 2, 2, 2]]
     assert batch.loss_weights.tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3]] * 2
+    assert batch.present.tolist() == [[True, True, True, False], [True, False, False, False]]
     assert not batch.image_mask.any()
     assert batch.pixels is None
     assert len(batch) == 2
@@ -67,7 +68,7 @@ def test_moving_keeps_every_field() -> None:
     batch = collate([sample([1], pixels=pixels, low_pixels=pixels, normalized=True)], lengths=(4,), pad_id=0)
     moved = batch.to(torch.device("meta"))
     assert moved.normalized
-    assert {moved.input_ids.device.type, moved.pixels.device.type, moved.low_pixels.device.type} == {"meta"}
+    assert {moved.input_ids.device.type, moved.present.device.type, moved.pixels.device.type} == {"meta"}
     assert moved.positions.shape == (1, 4)
 
 

@@ -9,9 +9,13 @@ import torch
 
 from seekvl.data.collate import Batch
 from seekvl.models.adaptor import AdaptorConfig
+from seekvl.models.deepseek_v2 import DeepseekV2Config
 from seekvl.models.llama import LlamaConfig
+from seekvl.models.mla import MlaConfig
+from seekvl.models.moe import Choice, MoeConfig
 from seekvl.models.siglip import SiglipConfig
 from seekvl.models.vl import VL, VLConfig
+from seekvl.models.vl2 import VL2, VL2Config
 from seekvl.runtime import torch_generator
 from seekvl.train.loop import Run
 from seekvl.train.objective import next_token_loss
@@ -47,6 +51,50 @@ def tiny_vl(seed: int = 0) -> VL:
     return model
 
 
+def tiny_vl2(seed: int = 0, *, choice: Choice = "noaux_tc", aux_alpha: float = 0.01) -> VL2:
+    """Build a network with 4 experts in its second layer, of which a token meets one."""
+    torch.manual_seed(seed)
+    model = VL2(
+        VL2Config(
+            vision=SiglipConfig(image_size=SIDE, patch_size=4, width=16, layers=1, heads=2, mlp_width=32),
+            adaptor=AdaptorConfig(kind="downsample_mlp_gelu", input_width=16, width=32, downsample=2),
+            language=DeepseekV2Config(
+                vocab_size=VOCAB,
+                width=32,
+                layers=2,
+                heads=2,
+                kv_heads=2,
+                mlp_width=64,
+                mla=MlaConfig(kv_rank=16, nope_width=8, rope_width=8, value_width=16),
+                moe=MoeConfig(
+                    experts=4,
+                    active=1,
+                    shared=1,
+                    width=16,
+                    scoring="sigmoid",
+                    choice=choice,
+                    aux_alpha=aux_alpha,
+                ),
+                dense_first=1,
+            ),
+        )
+    )
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+EXPERTS = (
+    Group(pattern="language[.].*[.]experts[.].*", rule="muon"),
+    Group(pattern="language[.](?!.*([.]experts[.]|[.]gate[.]bias)).*"),
+    Group(
+        pattern="(vision|adaptor)[.].*|image_newline|view_separator|language[.].*[.]gate[.]bias", frozen=True
+    ),
+)
+"""For `tiny_vl2`."""
+
+
 @dataclass(frozen=True)
 class Toy:
     """Batches by step: rows end in their first token, or in one that tells how bright their picture is."""
@@ -74,6 +122,7 @@ class Toy:
             loss_weights=weights,
             image_mask=mask,
             positions=torch.arange(LENGTH).repeat(ROWS, 1),
+            present=torch.ones(ROWS, LENGTH, dtype=torch.bool),
             pixels=pixels,
             low_pixels=None,
             normalized=False,

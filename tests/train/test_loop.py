@@ -17,7 +17,7 @@ from seekvl.train.loop import Moment, Run, RunInterruptedError, train
 from seekvl.train.metrics import read_log
 from seekvl.train.objective import Loss, next_token_loss
 from seekvl.train.stage import Group
-from tests.train.conftest import ALL, LANGUAGE, ROWS, Toy, ToyRun, tiny_vl, toy_stage
+from tests.train.conftest import ALL, EXPERTS, LANGUAGE, ROWS, Toy, ToyRun, tiny_vl, tiny_vl2, toy_stage
 
 
 def losses(run: Run[VL, Batch]) -> list[float]:
@@ -80,6 +80,56 @@ def test_interrupted_run_goes_on_with_equal_losses(toy_run: ToyRun, precision: s
     assert losses(again) == losses(whole)
     for name, tensor in again.model.state_dict().items():
         assert torch.equal(tensor, whole.model.state_dict()[name]), name
+
+
+def sparse(run: "Run[VL, Batch]", *, gamma: float | None = 0.01, seed: int = 0) -> "Run[VL, Batch]":
+    """Return the run with a network with experts in the place of its own."""
+    stage = replace(toy_stage(), groups=EXPERTS, bias_gamma=gamma)
+    return replace(run, model=tiny_vl2(seed), stage=stage)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_experts_and_their_biases_go_on_with_equal_losses(toy_run: ToyRun, precision: str) -> None:
+    whole = sparse(toy_run(folder="whole", precision=precision))
+    train(whole, show=False)
+    broken = sparse(toy_run(folder="broken", precision=precision))
+    with pytest.raises(RunInterruptedError):
+        train(broken, hooks=[stop_after(5)], show=False)
+    again = sparse(toy_run(folder="broken", precision=precision), seed=99)
+    train(again, resume=True, show=False)
+    assert losses(again) == losses(whole)
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[name]), name
+    bias = again.model.language.layers[1].mlp.gate.bias
+    assert bias.dtype == torch.float32
+    assert bias.any()
+
+
+def test_the_log_tells_how_busy_the_fullest_expert_was(toy_run: ToyRun) -> None:
+    run = sparse(toy_run())
+    train(run, show=False)
+    records = read_log(run.folder / "log.jsonl")
+    assert all(record.expert_load is not None and 1 <= record.expert_load <= 4 for record in records)
+    plain = toy_run(folder="plain", steps=2)
+    train(plain, show=False)
+    assert [record.expert_load for record in read_log(plain.folder / "log.jsonl")] == [None, None]
+
+
+def test_another_step_of_the_biases_is_another_run(toy_run: ToyRun) -> None:
+    train(sparse(toy_run()), show=False)
+    with pytest.raises(SeekVLError, match=r"was trained with stage.bias_gamma 0.01, this run has None"):
+        train(sparse(toy_run(), gamma=None), resume=True, show=False)
+
+
+def test_a_run_from_before_there_were_biases_goes_on(toy_run: ToyRun) -> None:
+    run = toy_run()
+    with pytest.raises(RunInterruptedError):
+        train(run, hooks=[stop_after(5)], show=False)
+    state = checkpoint.step_folder(run.folder, step=5) / "state.json"
+    saved = json.loads(state.read_text())
+    del saved["settings"]["stage.bias_gamma"]
+    state.write_text(json.dumps(saved))
+    assert train(toy_run(), resume=True, show=False).steps == 12
 
 
 def test_random_numbers_of_the_model_go_on_too(toy_run: ToyRun) -> None:

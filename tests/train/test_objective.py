@@ -3,9 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from seekvl.models.moe import RouterRecord
 from seekvl.runtime import SeekVLError
+from seekvl.train import objective
 from seekvl.train.objective import ROW_STEP, next_token_loss
-from tests.train.conftest import ROWS, Toy, tiny_vl
+from tests.train.conftest import LENGTH, ROWS, Toy, tiny_vl, tiny_vl2
 
 
 def reference(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
@@ -92,3 +94,47 @@ def test_pictures_prepared_for_the_other_family_are_refused() -> None:
     batch = replace(Toy(pictures=True)(0), grids=((1, 1),))
     with pytest.raises(SeekVLError, match="the batch holds tiles, which VL does not take"):
         next_token_loss(tiny_vl(), batch)
+
+
+def test_balance_losses_are_minimised_but_not_told() -> None:
+    model, batch = tiny_vl2(), Toy()(0)
+    loss = next_token_loss(model, batch)
+    assert loss.record is not None
+    record = RouterRecord()
+    with torch.no_grad():
+        model.hidden(model.embed(batch.input_ids), record=record)
+        logits = model(batch.input_ids)[:, -2]
+        plain = torch.nn.functional.cross_entropy(logits, batch.input_ids[:, -1])
+    assert record.loss() > 1e-3
+    assert loss.mean().item() == pytest.approx(plain.item(), rel=1e-5)
+    assert loss.minimised().item() == pytest.approx((plain + record.loss()).item(), rel=1e-5)
+    tripled = next_token_loss(model, replace(batch, loss_weights=3 * batch.loss_weights))
+    assert tripled.minimised().item() == pytest.approx(loss.minimised().item(), rel=1e-5)
+    nothing = next_token_loss(model, replace(batch, loss_weights=torch.zeros_like(batch.loss_weights)))
+    assert nothing.minimised().item() == 0.0
+
+
+def test_balance_of_no_weight_is_bit_equal_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_record = next_token_loss(tiny_vl2(aux_alpha=0.0), Toy()(0))
+    monkeypatch.setattr(objective, "has_experts", lambda model: False)
+    without = next_token_loss(tiny_vl2(aux_alpha=0.0), Toy()(0))
+    assert (with_record.record is None, without.record is None) == (False, True)
+    assert torch.equal(with_record.minimised(), without.minimised())
+
+
+def test_routers_do_not_count_padding() -> None:
+    model, batch = tiny_vl2(), Toy()(0)
+    present = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    present[:, LENGTH // 2 :] = False
+    weights = batch.loss_weights.roll(LENGTH // 2, dims=1)
+    short = next_token_loss(model, replace(batch, present=present, loss_weights=weights)).record
+    assert short is not None
+    assert int(short.loads[1].sum()) == ROWS * LENGTH // 2
+    half = RouterRecord()
+    model.hidden(model.embed(batch.input_ids[:, : LENGTH // 2]), record=half)
+    assert torch.equal(short.loads[1], half.loads[1])
+    torch.testing.assert_close(short.loss(), half.loss())
+
+
+def test_a_network_without_experts_has_no_record() -> None:
+    assert next_token_loss(tiny_vl(), Toy()(0)).record is None

@@ -9,7 +9,7 @@ from seekvl.train.objective import next_token_loss
 from seekvl.train.optimizer import make_optimizer
 from seekvl.train.stage import Group
 from seekvl.train.step import take_step
-from tests.train.conftest import Toy, tiny_vl, toy_stage
+from tests.train.conftest import EXPERTS, Toy, tiny_vl, tiny_vl2, toy_stage
 
 MATRICES = r"language[.]layers[.].*_proj[.]weight"
 MUON = (
@@ -81,6 +81,22 @@ def test_muon_refuses_what_is_no_matrix() -> None:
     )
     with pytest.raises(SeekVLError, match=r"muon is for matrices.*language"):
         make_optimizer(toy_stage(groups=groups), tiny_vl())
+
+
+def test_stacks_of_experts_have_a_muon_of_their_own() -> None:
+    model = tiny_vl2()
+    optimizer = make_optimizer(toy_stage(groups=EXPERTS), model)
+    assert [type(part).__name__ for part in optimizer.parts] == ["AdamW", "StackedMuon"]
+    learning = [one for group in optimizer.param_groups for one in group["params"]]
+    wanted = [one for one in model.parameters() if one.requires_grad]
+    assert len(learning) == len(wanted) == len({id(one) for one in learning})
+    mixed = (Group(pattern=r"language[.].*(_proj.*)", rule="muon", lr=2.0),)
+    rest = (Group(pattern=r"(?!language[.].*_proj).*"),)
+    optimizer = make_optimizer(toy_stage(groups=(*mixed, *rest)), model)
+    assert [type(part).__name__ for part in optimizer.parts] == ["AdamW", "Muon", "StackedMuon"]
+    assert [group["scale"] for group in optimizer.param_groups] == [1.0, 2.0, 2.0]
+    dims = [{one.dim() for one in group["params"]} for group in optimizer.param_groups[1:]]
+    assert dims == [{2}, {3}]
 
 
 def test_an_unknown_rule_is_refused() -> None:

@@ -66,6 +66,11 @@ def test_table_shows_counts_bytes_and_rates() -> None:
     assert language.split()[-2:] == ["1.00e-03", "0.1"]
 
 
+def test_table_says_how_router_biases_move() -> None:
+    assert "cosine schedule, router bias by 0.001" in table(replace(toy_stage(), bias_gamma=0.001), tiny_vl())
+    assert "bias" not in table(toy_stage(), tiny_vl())
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -73,6 +78,8 @@ def test_table_shows_counts_bytes_and_rates() -> None:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"grad_clip": float("inf")}, "grad_clip is inf"),
+        ({"bias_gamma": -0.001}, "bias_gamma is -0.001; it must be finite and not below 0"),
+        ({"bias_gamma": float("nan")}, "bias_gamma is nan"),
         ({"schedule": Schedule(shape="cosine", warmup=13)}, "warm-up of 13 steps in 12 steps"),
     ],
 )

@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from seekvl.models.vl import VL
+from seekvl.models.vl2 import VL2
 from seekvl.runtime import SeekVLError
 from seekvl.train.objective import Loss, next_token_loss
 from seekvl.train.optimizer import make_optimizer
 from seekvl.train.stage import Group
-from seekvl.train.step import StepResult, take_step
-from tests.train.conftest import LANGUAGE, Toy, tiny_vl, toy_stage
+from seekvl.train.step import StepResult, autocast, take_step
+from tests.train.conftest import EXPERTS, LANGUAGE, Toy, tiny_vl, tiny_vl2, toy_stage
 
 
 def step(model: VL, **fields: object) -> StepResult:
@@ -68,8 +69,8 @@ def test_bfloat16_keeps_float32_parameters_and_nearly_the_loss() -> None:
 
 
 def test_loss_no_learning_parameter_reaches_is_refused() -> None:
-    def constant(model: VL, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ones(()), torch.ones(())
+    def constant(model: VL, batch: object) -> Loss:
+        return Loss(total=torch.ones(()), weight=torch.ones(()))
 
     with pytest.raises(SeekVLError, match="no parameter that learns has a part in the loss"):
         step(tiny_vl(), objective=constant)
@@ -78,3 +79,59 @@ def test_loss_no_learning_parameter_reaches_is_refused() -> None:
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(SeekVLError, match="precision 'int8' is unknown"):
         step(tiny_vl(), precision="int8")
+
+
+def sparse_step(model: VL2, **fields: object) -> StepResult:
+    optimizer = make_optimizer(toy_stage(groups=EXPERTS), model)
+    given = {"objective": next_token_loss, "lr": 1e-3, "grad_clip": 1.0, "optimizer": optimizer}
+    return take_step(model, Toy()(0), **{**given, **fields})
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_router_biases_move_after_the_step_by_the_loads_seen_in_it(precision: str) -> None:
+    model = tiny_vl2()
+    gate = model.language.layers[1].mlp.gate
+    with torch.no_grad(), autocast(torch.device("cpu"), precision=precision):
+        record = next_token_loss(model, Toy()(0)).record
+    assert record is not None
+    load = record.loads[1].float()
+    result = sparse_step(model, bias_gamma=0.25, precision=precision)
+    assert gate.bias.dtype == torch.float32
+    assert torch.equal(gate.bias, 0.25 * torch.sign(load.mean() - load))
+    assert result.expert_load == pytest.approx(float(load.max() / load.mean()))
+
+
+@pytest.mark.parametrize("gamma", [None, 0.0])
+def test_without_a_step_biases_stay_bit_for_bit(gamma: float | None) -> None:
+    model = tiny_vl2()
+    model.language.layers[1].mlp.gate.bias += 0.1
+    before = model.language.layers[1].mlp.gate.bias.clone()
+    sparse_step(model, bias_gamma=gamma)
+    assert torch.equal(model.language.layers[1].mlp.gate.bias, before)
+
+
+def test_a_step_that_is_not_finite_moves_no_bias() -> None:
+    def broken(model: VL2, batch: object) -> Loss:
+        loss = next_token_loss(model, batch)
+        return loss._replace(total=loss.total * float("nan"))
+
+    model = tiny_vl2()
+    assert sparse_step(model, objective=broken, bias_gamma=0.25).skipped
+    assert not model.language.layers[1].mlp.gate.bias.any()
+
+
+def test_balance_is_unknown_without_experts() -> None:
+    assert step(tiny_vl()).expert_load is None
+    with pytest.raises(SeekVLError, match=r"moves router biases by 0\.1, but its loss saw no router of VL"):
+        step(tiny_vl(), bias_gamma=0.1)
+
+
+def test_a_step_follows_the_balance_losses_of_routers() -> None:
+    moved = []
+    for alpha in (0.0, 1.0):
+        model = tiny_vl2(aux_alpha=alpha)
+        before = model.language.layers[1].mlp.gate.weight.clone()
+        result = sparse_step(model)
+        moved.append(model.language.layers[1].mlp.gate.weight - before)
+        assert result.loss == pytest.approx(next_token_loss(tiny_vl2(), Toy()(0)).mean().item(), rel=1e-6)
+    assert not torch.equal(*moved)

@@ -111,12 +111,15 @@ def test_a_folder_has_no_revisions() -> None:
         find_folder(GOLDEN / "vl1-siglip", revision="v1")
 
 
-def test_the_bundled_model_missing_from_an_installation(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("name", "verb"), [("seekvl-nano", "nano"), ("seekvl-nano-moe", "nano-moe")])
+def test_a_bundled_model_missing_from_an_installation(
+    name: str, verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(room, "NANO_FOLDER", tmp_path)
-    with pytest.raises(SeekVLError, match="seekvl-nano is not in this installation"):
-        find_folder("seekvl-nano")
+    monkeypatch.setitem(room.BUNDLED, name, tmp_path)
+    with pytest.raises(SeekVLError, match=f"{name} is not in this installation .*seekvl train {verb} --out"):
+        find_folder(name)
+    (tmp_path / "config.json").write_text("{}")
+    assert find_folder(name) == tmp_path
 
 
 def test_no_tokenizer(copy: Copy) -> None:
