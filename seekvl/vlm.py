@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from seekvl.engine.generate import generate
+from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.prefix import Prefix
 from seekvl.engine.request import (
     Completion,
@@ -109,6 +110,10 @@ class VLM:
         self.prefill_chunk = prefill_chunk
         """Most prompt tokens in one forward pass; None takes prompts whole where free memory allows. Answers
         are the same.
+        """
+        self.kernels = accelerate(model)
+        """Level of the CPU kernels that decoding runs on (see `engine.kernels.library`); None where torch
+        computes, as on a GPU.
         """
 
     @property
