@@ -1,4 +1,5 @@
-# make demo and make test work on a machine with Python 3.11 and make; both set up .venv on their first run.
+# make demo and make test work on a machine with Python 3.11 and make; both set up .venv on their first run. A C++
+# compiler is welcome: without one torch decodes, and the tests of the kernels are skipped.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,9 +13,9 @@ help:
 	@echo "make check      the same without the tests"
 	@echo "make test-slow  tests that take minutes"
 	@echo "make test-gpu   tests that need CUDA"
-	@echo "make bench      speed and memory beside transformers, same weights, one run"
+	@echo "make bench      the CPU kernels beside torch; speed and memory beside transformers, same weights, one run"
 
-$(VENV)/.base: pyproject.toml constraints.txt
+$(VENV)/.base: pyproject.toml constraints.txt setup.py $(wildcard seekvl/engine/kernels/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
@@ -44,7 +45,8 @@ test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu
 
 bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/peer_transformers.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache seekvl/engine/kernels/native.so

@@ -272,12 +272,14 @@ def watch(first: "torch.nn.Module", last: "torch.nn.Module", *, clock: Clock) ->
 def start_seekvl(folder: Path, *, clock: Clock) -> Started:
     """Load seekvl and return how to ask it."""
     from seekvl.engine.generate import generate
+    from seekvl.engine.kernels.accelerate import accelerate
     from seekvl.engine.request import Request, SamplingParams
     from seekvl.processing.encode import ModelInput, TokenBill
     from seekvl.weights.load import load_checkpoint
 
     began = clock()
     checkpoint = load_checkpoint(folder, device="cpu", dtype="bfloat16")
+    accelerate(checkpoint.model)
     load = clock() - began
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
     image_id, slots, side = tokenizer.image_id, model.config.visual_tokens, model.config.image_size

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seekvl.engine.choices import Constrain
 from seekvl.engine.generate import generate
+from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.prefix import Prefix
 from seekvl.engine.request import (
     Completion,
@@ -114,6 +115,10 @@ class VLM:
         self.prefill_chunk = prefill_chunk
         """Most prompt tokens in one forward pass; None takes prompts whole where free memory allows. Answers
         are the same.
+        """
+        self.kernels = accelerate(model)
+        """Level of the CPU kernels that decoding runs on (see `engine.kernels.library`); None where torch
+        computes, as on a GPU.
         """
 
     @property

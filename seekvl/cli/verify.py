@@ -1,7 +1,7 @@
 """`seekvl verify`: whether this installation is right, and a checkpoint folder whole."""
 
 import json as json_format
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +10,7 @@ import typer
 from seekvl.cli import options
 
 if TYPE_CHECKING:
-    from seekvl.weights.report import Report
+    from seekvl.weights.report import Check, Report
 
 EXAMPLE = "Example: seekvl verify ~/models/deepseek-vl-1.3b-chat"
 
@@ -26,7 +26,7 @@ def verify(
 
     The self-check asks two miniatures that ship with the package, of the 7B and of DeepSeek-VL2, and compares
     pixels, features, logits and ids with the reference's; then attention and router of tiny and base, and
-    boxes.
+    boxes; and it says what CPU kernels decode.
 
     Of a folder, files, keys, shapes, dtypes, numbers, tokenizer and template are checked.
 
@@ -35,7 +35,8 @@ def verify(
     with options.waiting_line("running the self-check"):
         from seekvl.weights.self_check import self_check
 
-        reports = [self_check()]
+        report = self_check()
+        reports = [replace(report, checks=(*report.checks, _kernels()))]
     if not json:
         _print(reports[0])
     if folder is not None:
@@ -53,6 +54,19 @@ def verify(
         failed = sum(not check.ok for report in reports for check in report.checks)
         typer.echo(f"error: {failed} check{'s' * (failed > 1)} failed", err=True)
         raise typer.Exit(1)
+
+
+def _kernels() -> "Check":
+    """Compare a product of the CPU kernels with torch's; that there are none is no failure."""
+    from seekvl.engine.kernels.report import compare_with_torch
+    from seekvl.runtime import SeekVLError
+    from seekvl.weights.report import Check
+
+    try:
+        ok, detail = True, compare_with_torch()
+    except SeekVLError as error:
+        ok, detail = False, str(error)
+    return Check(name="CPU kernels", ok=ok, detail=detail)
 
 
 def _print(report: "Report") -> None:

@@ -1,0 +1,109 @@
+"""Where a network meets the kernels: its layers change their class, and nothing else.
+
+Parameters, names and saved files stay what they are. A layer asks at every call whether the kernels can serve
+it, and does what it did before where they cannot: with a gradient, on another device, with many rows.
+"""
+
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from seekvl.engine.kernels.library import LEVELS, choose_level
+from seekvl.engine.kernels.products import DTYPES, MAX_ROWS, raw_experts, raw_linear
+from seekvl.models.moe import Experts
+from seekvl.models.vl2 import AnyVL
+
+SMALLEST = {torch.float32: 1 << 19, torch.bfloat16: 1 << 15, torch.float16: 1 << 15}
+"""Bytes of a weight below which torch is left alone: calling costs more there than reading. torch's own
+products of half precision are slower to call than those of float32 (docs/performance.md).
+"""
+
+
+class KernelLinear(nn.Linear):
+    """A linear layer that decodes through the kernels."""
+
+    level: int
+    """Index into `LEVELS`."""
+    smallest: int | None
+    """Bytes of a weight below which torch computes; None as `SMALLEST` says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return f[..., o] of x[..., i]."""
+        weight = self._parameters["weight"]  # an attribute of a module takes longer to find than all checks
+        bias = self._parameters["bias"]
+        assert weight is not None
+        if (
+            0 < x.numel() <= MAX_ROWS * self.in_features
+            and _served(x, weight, smallest=self.smallest)
+            and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+        ):
+            return raw_linear(x, weight, bias, level=self.level, threads=torch.get_num_threads())
+        return super().forward(x)
+
+
+class KernelExperts(Experts):
+    """Routed experts that decode through the kernels."""
+
+    level: int
+    smallest: int | None
+
+    def forward(self, x: Tensor, *, experts: Tensor, weights: Tensor) -> Tensor:
+        """Return f[n, d]: what experts i64[n, k] make of x[n, d], summed in float32 by weights f32[n, k]."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if (
+            0 < len(x) <= MAX_ROWS
+            and all(_served(x, weight, smallest=self.smallest) for weight in (gate, up, down))
+            and (experts.dtype, weights.dtype) == (torch.int64, torch.float32)
+        ):
+            threads = torch.get_num_threads()
+            return raw_experts(
+                x, experts, weights, gate=gate, up=up, down=down, level=self.level, threads=threads
+            )
+        return super().forward(x, experts=experts, weights=weights)
+
+
+Accelerated: TypeAlias = KernelLinear | KernelExperts
+
+KERNELS: dict[type[nn.Module], type[Accelerated]] = {nn.Linear: KernelLinear, Experts: KernelExperts}
+"""What takes the place of what. A subclass of these is somebody else's, and stays."""
+
+
+def accelerate(model: AnyVL, *, level: str | None = None, smallest: int | None = None) -> str | None:
+    """Let the language model decode through the kernels; return the level they compute on.
+
+    A weight of fewer than `smallest` bytes, by default those of `SMALLEST`, stays with torch. With `level`
+    "off", or None and so said by the environment (see `choose_level`), layers get their own class back and
+    None is returned. A model that is not on the CPU is left as it is.
+
+    Raises SeekVLError for a level that does not exist or that this machine cannot execute.
+    """
+    if not model.language.embed_tokens.weight.is_cpu:
+        return None
+    chosen = choose_level(level)
+    plain = {kernel: own for own, kernel in KERNELS.items()}
+    for module in model.language.modules():
+        own = plain.get(cast(type[Accelerated], type(module)), type(module))
+        if own not in KERNELS:
+            continue
+        module.__class__ = own if chosen is None else KERNELS[own]
+        if isinstance(module, KernelLinear | KernelExperts) and chosen is not None:
+            module.level, module.smallest = LEVELS.index(chosen), smallest
+    return chosen
+
+
+def _served(x: Tensor, weight: Tensor, *, smallest: int | None) -> bool:
+    """Whether the kernels can multiply x with this weight, and gain by it."""
+    dtype = weight.dtype
+    return (
+        not torch.is_grad_enabled()
+        and x.dtype == dtype
+        and dtype in DTYPES
+        and weight.nbytes >= (SMALLEST[dtype] if smallest is None else smallest)
+        and x.is_cpu
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and type(x) is Tensor
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )

@@ -1,0 +1,163 @@
+"""The compiled library: where it is, what of it runs on this machine, and what to say where there is none."""
+
+import atexit
+import ctypes
+import os
+import platform
+from collections.abc import Callable
+from ctypes import c_int32, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+from seekvl.runtime import SeekVLError, log
+
+PATH = Path(__file__).parent / "native.so"
+
+LEVELS = ("portable", "neon", "avx2", "avx512", "avx512_bf16")
+"""What the kernels are compiled for, each level for what it is named after; the faster stand behind."""
+
+SWITCH = "SEEKVL_KERNELS"
+"""Environment variable: "auto" (also when unset) takes the fastest level, "off" leaves all to torch, and the
+name of a level takes that one.
+"""
+
+
+class Linear(Protocol):
+    """`seekvl_linear` of kernels.cpp: y[b, o] = x[b, i] W[o, i]^T + bias[o]."""
+
+    def __call__(
+        self,
+        level: int,
+        threads: int,
+        weight_dtype: int,
+        x_dtype: int,
+        weight: int,
+        bias: int | None,
+        x: int,
+        y: int,
+        b: int,
+        o: int,
+        i: int,
+        /,
+    ) -> None:
+        """Write y."""
+        ...
+
+
+class Experts(Protocol):
+    """`seekvl_experts` of kernels.cpp: n tokens through k experts each, of width m."""
+
+    def __call__(
+        self,
+        level: int,
+        threads: int,
+        dtype: int,
+        gate: int,
+        up: int,
+        down: int,
+        experts: int,
+        weights: int,
+        x: int,
+        y: int,
+        n: int,
+        k: int,
+        d: int,
+        m: int,
+        /,
+    ) -> None:
+        """Write y[n, d]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Library:
+    """The functions of the library. They take addresses, trust their arguments and let other threads run."""
+
+    levels: tuple[str, ...]
+    """The levels this machine executes, the fastest last."""
+    linear: Linear
+    experts: Experts
+    read: Callable[[int, int, int], int]
+    """Read memory (threads, address, bytes) and do next to nothing with it: the ceiling of every product."""
+    release: Callable[[], None]
+    """End the kernels' threads; the next product starts them again."""
+    workers: Callable[[], int]
+    """How many threads the kernels keep, besides those that call."""
+
+
+@cache
+def library() -> Library:
+    """Load the library.
+
+    Raises SeekVLError, saying how to get it, where it was not built or cannot be loaded.
+    """
+    if not PATH.exists():
+        raise SeekVLError(
+            "the CPU kernels were not compiled when seekvl was installed: install a C++ compiler (g++ or "
+            "clang) and then seekvl again, with pip install --force-reinstall --no-deps --no-cache-dir"
+        )
+    try:
+        native = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        raise SeekVLError(f"the CPU kernels cannot be loaded ({error}); install seekvl again") from error
+    i32, i64, address = c_int32, c_int64, c_void_p
+    native.seekvl_linear.argtypes = [*[i32] * 4, *[address] * 4, *[i64] * 3]
+    native.seekvl_experts.argtypes = [*[i32] * 3, *[address] * 7, *[i64] * 4]
+    native.seekvl_read.argtypes = [i32, address, i64]
+    native.seekvl_read.restype = c_uint64
+    for function in (native.seekvl_linear, native.seekvl_experts, native.seekvl_release):
+        function.restype = None
+    bits = native.seekvl_levels()
+    atexit.register(native.seekvl_release)
+    return Library(
+        levels=tuple(name for index, name in enumerate(LEVELS) if bits >> index & 1),
+        linear=native.seekvl_linear,
+        experts=native.seekvl_experts,
+        read=native.seekvl_read,
+        release=native.seekvl_release,
+        workers=native.seekvl_workers,
+    )
+
+
+def choose_level(name: str | None = None) -> str | None:
+    """Return the level to compute on, or None where torch computes; None as a name reads `SWITCH`.
+
+    Where the library is missing, "auto" warns once and leaves the work to torch; a level asked for by name is
+    an error then.
+
+    Raises SeekVLError for a level that does not exist or that this machine cannot execute.
+    """
+    wish = os.environ.get(SWITCH, "auto") if name is None else name
+    if wish == "off":
+        return None
+    if wish != "auto" and wish not in LEVELS:
+        raise SeekVLError(f"{SWITCH}={wish!r} is unknown; use auto, off or one of {', '.join(LEVELS)}")
+    if wish == "auto":
+        reason = missing()
+        if reason is not None:
+            _warn(reason)
+            return None
+        return library().levels[-1]
+    if wish not in library().levels:
+        raise SeekVLError(
+            f"{SWITCH}={wish!r}: this machine ({platform.machine()}) executes "
+            f"{', '.join(library().levels)}; use one of them, auto or off"
+        )
+    return wish
+
+
+def missing() -> str | None:
+    """Say why there are no kernels, or return None where there are."""
+    try:
+        library()
+    except SeekVLError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Say once what is slower than it could be."""
+    log.warning("decoding on the CPU is slower than it could be, torch computes all of it: %s", reason)

@@ -1,0 +1,48 @@
+// x86 with AVX2, FMA and F16C (Haswell, Zen, and later).
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "rows.h"
+
+namespace seekvl {
+namespace {
+
+struct Avx2 {
+    template <class Stored> static constexpr int lanes = 8;
+    static constexpr int chains = 4, batch = 2, rows = 1;  // 8 of the 16 registers are sums
+    static constexpr bool pairs = false;
+    using Vector = __m256;
+
+    static Vector zero() { return _mm256_setzero_ps(); }
+
+    static Vector load(const float* from) { return _mm256_loadu_ps(from); }
+    static Vector load(const F16Bits* from) { return _mm256_cvtph_ps(eight(from)); }
+    static Vector load(const Bf16* from) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight(from)), 16));
+    }
+
+    template <class Stored>
+    static Vector load(const Stored* from, int n) { return load(Padded<Stored, 8>(from, n).values); }
+
+    static Vector fma(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
+    static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+
+    static float sum(Vector a) {
+        __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+    }
+
+    static void store(float* to, Vector a) { _mm256_storeu_ps(to, a); }
+
+    static __m128i eight(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+};
+
+}  // namespace
+
+const Level avx2 = level_of<Avx2>();
+
+}  // namespace seekvl
+
+#endif

@@ -1,0 +1,12 @@
+// x86 with AVX-512 (Skylake-X, Zen 4, and later).
+#if defined(__x86_64__)
+
+#include "avx512.h"
+
+namespace seekvl {
+
+const Level avx512 = level_of<Avx512>();
+
+}  // namespace seekvl
+
+#endif

@@ -1,0 +1,42 @@
+// Vectors of AVX-512 (F, BW, DQ, VL), for the two levels that have it.
+#pragma once
+
+#include <immintrin.h>
+
+#include "rows.h"
+
+namespace seekvl {
+namespace {
+
+struct Avx512 {
+    template <class Stored> static constexpr int lanes = 16;
+    static constexpr int chains = 2, batch = 4, rows = 2;  // 16 of the 32 registers are sums
+    static constexpr bool pairs = false;
+    using Vector = __m512;
+
+    static Vector zero() { return _mm512_setzero_ps(); }
+
+    static Vector load(const float* from) { return _mm512_loadu_ps(from); }
+    static Vector load(const F16Bits* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(sixteen(from))); }
+    static Vector load(const Bf16* from) { return wide(_mm256_loadu_si256(sixteen(from))); }
+
+    static Vector load(const float* from, int n) { return _mm512_maskz_loadu_ps(first(n), from); }
+    static Vector load(const F16Bits* from, int n) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), from));
+    }
+    static Vector load(const Bf16* from, int n) { return wide(_mm256_maskz_loadu_epi16(first(n), from)); }
+
+    static Vector fma(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
+    static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+    static float sum(Vector a) { return _mm512_reduce_add_ps(a); }
+    static void store(float* to, Vector a) { _mm512_storeu_ps(to, a); }
+
+    static Vector wide(__m256i halves) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    static const __m256i* sixteen(const void* from) { return static_cast<const __m256i*>(from); }
+    static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+};
+
+}  // namespace
+}  // namespace seekvl

@@ -1,0 +1,34 @@
+// x86 with AVX-512 and its products of bfloat16 (Cooper Lake, Zen 4, and later).
+//
+// Two products a lane and instruction: half the work where several inputs meet each weight. The products are
+// exact and summed in float32, but numbers below 2^-126 count as zero.
+#if defined(__x86_64__)
+
+#include "avx512.h"
+
+namespace seekvl {
+namespace {
+
+struct Avx512Bf16 : Avx512 {
+    struct Pair { uint16_t bits; };
+    template <class Stored> static constexpr int lanes = 16;
+    static constexpr bool pairs = true;
+    using Avx512::fma;
+    using Avx512::load;
+
+    static __m512bh load(const Pair* from) { return (__m512bh)_mm512_loadu_si512(from); }
+    static __m512bh load(const Pair* from, int n) {
+        return (__m512bh)_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, from);
+    }
+    static Vector fma(__m512bh a, __m512bh b, Vector sum) { return _mm512_dpbf16_ps(sum, a, b); }
+};
+
+template <> constexpr int Avx512Bf16::lanes<Avx512Bf16::Pair> = 32;
+
+}  // namespace
+
+const Level avx512_bf16 = level_of<Avx512Bf16>();
+
+}  // namespace seekvl
+
+#endif

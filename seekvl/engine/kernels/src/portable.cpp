@@ -1,0 +1,52 @@
+// Any machine: plain C++ in the shape that compilers turn into vectors.
+#include "rows.h"
+
+namespace seekvl {
+namespace {
+
+struct Portable {
+    template <class Stored> static constexpr int lanes = 8;
+    static constexpr int chains = 2, batch = 2, rows = 1;
+    static constexpr bool pairs = false;
+    struct Vector { float v[8]; };
+
+    static Vector zero() { return {}; }
+
+    template <class Stored>
+    static Vector load(const Stored* from) {
+        Vector out;
+        for (int i = 0; i < 8; ++i) out.v[i] = wide(from[i]);
+        return out;
+    }
+
+    template <class Stored>
+    static Vector load(const Stored* from, int n) { return load(Padded<Stored, 8>(from, n).values); }
+
+    static Vector fma(Vector a, Vector b, Vector sum) {
+        for (int i = 0; i < 8; ++i) sum.v[i] += a.v[i] * b.v[i];
+        return sum;
+    }
+
+    static Vector add(Vector a, Vector b) {
+        for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
+        return a;
+    }
+
+    static float sum(Vector a) {
+        for (int half = 4; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+        return a.v[0];
+    }
+
+    static void store(float* to, Vector a) { std::memcpy(to, a.v, sizeof a.v); }
+
+    static float wide(float value) { return value; }
+    static float wide(F16Bits value) { return from_f16(value.bits); }
+    static float wide(Bf16 value) { return from_bf16(value.bits); }
+};
+
+}  // namespace
+
+const Level portable = level_of<Portable>();
+
+}  // namespace seekvl

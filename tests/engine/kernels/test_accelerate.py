@@ -1,0 +1,254 @@
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import seekvl
+from seekvl.engine.cache import KVCache
+from seekvl.engine.generate import embed_prompt, generate, prefill, step
+from seekvl.engine.kernels import accelerate as room
+from seekvl.engine.kernels.accelerate import KERNELS, KernelExperts, KernelLinear, accelerate
+from seekvl.engine.kernels.library import LEVELS, SWITCH, Library
+from seekvl.engine.request import Request, SamplingParams
+from seekvl.models.moe import Experts
+from seekvl.models.vl2 import AnyVL, on_meta
+from seekvl.processing.encode import ModelInput
+from seekvl.weights.load import load_checkpoint
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+FOLDERS = ("vl1-siglip", "vl2-tiny-like", "vl2-small-like", "vl2-base-like")
+PROMPTS = {"vl1-siglip": ("single", "text_only"), "vl2": ("wide", "text_only")}
+
+
+@pytest.fixture(autouse=True)
+def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+
+
+@cache
+def load(folder: str, dtype: str = "float32") -> seekvl.VLM:
+    return seekvl.load(GOLDEN / folder, device="cpu", dtype=dtype, preprocessing="official")
+
+
+def names(folder: str) -> tuple[str, ...]:
+    return PROMPTS.get(folder, PROMPTS["vl2"])
+
+
+@cache
+def encode(folder: str, name: str) -> ModelInput:
+    cases = json.loads((GOLDEN / folder / "cases.json").read_text(encoding="utf-8"))["cases"]
+    content = next(case for case in cases if case["name"] == name)
+    turns = [
+        turn | {"images": [str(GOLDEN / "images" / f"{image}.png") for image in turn.get("images", [])]}
+        for turn in content["conversation"]
+    ]
+    return load(folder).processor(turns)
+
+
+def greedy(vlm: seekvl.VLM, *prompts: ModelInput) -> list[list[int]]:
+    requests = [Request(inputs=inputs, params=SamplingParams(max_new_tokens=16)) for inputs in prompts]
+    pieces = generate(vlm.model, vlm.tokenizer, requests=requests)
+    done = {index: piece.completion for index, piece in pieces if piece.completion is not None}
+    return [list(done[index].token_ids) for index in range(len(requests))]
+
+
+def classes(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+class Calls:
+    """Counts what goes through the kernels, which still do the work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts = {"raw_linear": 0, "raw_experts": 0}
+        for name in self.counts:
+            monkeypatch.setattr(room, name, self._counted(name, getattr(room, name)))
+
+    def _counted(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **more: Any) -> Tensor:
+            self.counts[name] += 1
+            return function(*args, **more)
+
+        return call
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_greedy_answers_are_the_golden_ones(folder: str, level: str) -> None:
+    """Every product of every decoding step, however small, alone and in a batch of up to eight rows."""
+    vlm, golden = load(folder), load_file(GOLDEN / folder / "cases.safetensors")
+    accelerate(vlm.model, level=level, smallest=0)
+    wanted = [golden[f"{name}/generated_ids"][0].tolist() for name in names(folder)]
+    prompts = [encode(folder, name) for name in names(folder)]
+    assert [greedy(vlm, inputs)[0] for inputs in prompts] == wanted
+    assert greedy(vlm, *prompts * 4) == wanted * 4
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_bfloat16_decodes_as_near_to_float32_as_torch_does(folder: str, level: str) -> None:
+    """The tolerances are those of the whole network in bfloat16, see tests/parity."""
+    half, full, inputs = load(folder, "bfloat16"), load(folder), encode(folder, "text_only")
+    logits = {}
+    for vlm, name in ((full, "off"), (half, "off"), (half, level)):
+        accelerate(vlm.model, level=name, smallest=0)
+        held = KVCache(vlm.config.language, rows=1, device=vlm.device, dtype=vlm.dtype)
+        prefill(vlm.model, inputs, cache=held, row=0)
+        steps = [step(vlm.model, [token], cache=held) for token in (5, 6, 7)]
+        logits[vlm.dtype, name] = torch.cat(steps)
+    wanted = logits[torch.float32, "off"]
+    theirs, ours = ((logits[torch.bfloat16, name] - wanted).abs() for name in ("off", level))
+    assert ours.mean() < max(0.06, 1.25 * float(theirs.mean()))
+    assert ours.max() < max(0.4, 1.25 * float(theirs.max()))
+
+
+@pytest.mark.parametrize("folder", ["vl1-siglip", "vl2-tiny-like"])
+def test_a_step_runs_through_the_kernels_and_a_prompt_does_not(
+    folder: str, native: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm, inputs = load(folder), encode(folder, "text_only")
+    accelerate(vlm.model, smallest=0)
+    calls = Calls(monkeypatch)
+    held = KVCache(vlm.config.language, rows=1, device=vlm.device, dtype=vlm.dtype)
+    prefill(vlm.model, inputs, cache=held, row=0)
+    assert calls.counts == {"raw_linear": 1, "raw_experts": 0}  # the head, of the last position only
+    step(vlm.model, [5], cache=held)
+    modules = list(vlm.model.language.modules())
+    linears = sum(isinstance(module, nn.Linear) for module in modules)
+    experts = sum(isinstance(module, Experts) for module in modules)
+    assert calls.counts == {"raw_linear": 1 + linears, "raw_experts": experts}
+
+
+def test_prompts_and_gradients_stay_as_they_were(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load_checkpoint(GOLDEN / "vl2-tiny-like", device="cpu", dtype="float32").model
+    model = copy.deepcopy(plain)
+    accelerate(model, smallest=0)
+    calls = Calls(monkeypatch)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids), plain(ids))
+    short = ids[:, :4]
+    for network in (model, plain):
+        network.requires_grad_(True)
+        network(short).square().mean().backward()
+    for ours, theirs in zip(model.language.parameters(), plain.language.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(short), plain(short))
+    assert calls.counts == {"raw_linear": 0, "raw_experts": 0}
+
+
+def test_small_weights_stay_with_torch(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    for dtype, smallest in room.SMALLEST.items():
+        for rows, served in (
+            (smallest // dtype.itemsize // 64 - 1, 0),
+            (smallest // dtype.itemsize // 64, 1),
+        ):
+            layer = nn.Linear(64, rows, bias=True, dtype=dtype).requires_grad_(False)
+            x = torch.randn(1, 64).to(dtype)
+            wanted = layer(x)
+            layer.__class__ = KernelLinear
+            assert isinstance(layer, KernelLinear)
+            layer.level, layer.smallest = 0, None
+            calls.counts["raw_linear"] = 0
+            with torch.no_grad():
+                found = layer(x)
+            assert calls.counts["raw_linear"] == served
+            assert torch.allclose(found.float(), wanted.float(), atol=1e-2 if dtype.itemsize == 2 else 1e-6)
+
+
+def test_parameters_names_and_files_are_the_same(native: Library, tmp_path: Path) -> None:
+    model = load_checkpoint(GOLDEN / "vl2-small-like", device="cpu", dtype="float32").model
+    before, own = dict(model.named_parameters()), classes(model)
+    state = list(model.state_dict())
+    assert accelerate(model) == native.levels[-1]
+    assert list(model.state_dict()) == state
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    changed = {name for name, kind in classes(model).items() if kind is not own[name]}
+    assert {own[name] for name in changed} == {nn.Linear, Experts}
+    assert all(name.startswith("language.") for name in changed)
+    assert accelerate(model, level="off") is None
+    assert classes(model) == own
+
+
+def test_copies_and_pickles(native: Library) -> None:
+    layer = nn.Linear(40, 30).requires_grad_(False)
+    layer.__class__ = KernelLinear
+    assert isinstance(layer, KernelLinear)
+    layer.level, layer.smallest = 0, 0
+    x = torch.randn(2, 40)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(other) is KernelLinear
+        with torch.no_grad():
+            assert torch.equal(other(x), layer(x))
+
+
+def test_weights_may_move_and_change_their_dtype(native: Library) -> None:
+    model: AnyVL = load_checkpoint(GOLDEN / "vl1-siglip", device="cpu", dtype="float32").model
+    accelerate(model, smallest=0)
+    ids = torch.arange(3)[None]
+    with torch.no_grad():
+        full = model(ids)
+        half = model.to(torch.bfloat16)(ids)
+        double = model.to(torch.float64)(ids)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - full).abs().max() < 0.4
+    assert double.dtype == torch.float64
+    assert model.to("meta")(ids.to("meta")).is_meta
+
+
+def test_layers_of_others_and_other_devices_are_left_alone(native: Library) -> None:
+    class Adapted(nn.Linear):
+        """Somebody's own."""
+
+    model = load_checkpoint(GOLDEN / "vl1-siglip", device="cpu", dtype="float32").model
+    head = model.language.lm_head
+    head.__class__ = Adapted
+    accelerate(model)
+    assert type(head) is Adapted
+    assert classes(model)["language.layers.0.mlp.up_proj"] is KernelLinear
+    meta = on_meta(model.config)
+    own = classes(meta)
+    assert accelerate(meta) is None
+    assert classes(meta) == own
+
+
+def test_experts_wider_than_the_kernels_take(native: Library) -> None:
+    model = load_checkpoint(GOLDEN / "vl2-tiny-like", device="cpu", dtype="float32").model
+    accelerate(model, smallest=0)
+    experts = next(module for module in model.modules() if isinstance(module, KernelExperts))
+    d = experts.gate_proj.shape[2]
+    for n in (8, 9):
+        x, chosen, weights = torch.randn(n, d), torch.zeros(n, 2, dtype=torch.int64), torch.rand(n, 2)
+        with torch.no_grad():
+            found = experts(x, experts=chosen, weights=weights)
+            wanted = Experts.forward(experts, x, experts=chosen, weights=weights)
+        assert torch.allclose(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_the_object_users_hold_says_what_decodes(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = load("vl1-siglip")
+    assert seekvl.VLM(vlm.model, vlm.processor).kernels == native.levels[-1]
+    monkeypatch.setenv(SWITCH, "portable")
+    assert seekvl.VLM(vlm.model, vlm.processor).kernels == "portable"
+    assert vlm.model.language.lm_head.level == LEVELS.index("portable")
+    monkeypatch.setenv(SWITCH, "off")
+    assert seekvl.VLM(vlm.model, vlm.processor).kernels is None
+    assert not {type(module) for module in vlm.model.modules()} & set(KERNELS.values())
+
+
+def test_a_prompt_of_pictures_is_embedded_by_torch(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = load("vl1-siglip")
+    accelerate(vlm.model, smallest=0)
+    calls = Calls(monkeypatch)
+    embed_prompt(vlm.model, encode("vl1-siglip", "single"))
+    assert calls.counts == {"raw_linear": 0, "raw_experts": 0}
