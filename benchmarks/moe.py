@@ -8,8 +8,9 @@ today: one module per expert and a Python loop over them.
     training    every token stands k times in a row; an expert takes its rows by a mask, and its outputs go to
                 their places by the same mask
 
-Router, shared experts and weights are ours on both sides; only the routed experts are computed differently,
-and a single bfloat16 token meets the kernels that `seekvl.models.native` chooses.
+Router, shared experts and weights are the same on both sides. The routed experts are computed differently,
+and ours decodes through the CPU kernels, everywhere in the network, where they were compiled.
+
 Measured are one layer of DeepSeek-VL2-tiny and its whole language model, both with random weights: prefill,
 decoding of one token (of one layer also of a batch of 8), and a training step (forward, and backward into
 gradients that start from nothing; of the whole model with head and cross-entropy). Sides alternate, every
@@ -26,7 +27,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,9 +38,10 @@ from torch import Tensor, nn
 
 import seekvl
 from seekvl.engine.cache import KVCache
+from seekvl.engine.kernels.accelerate import accelerate
+from seekvl.engine.kernels.library import choose_level
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.moe import Moe, RouterRecord
-from seekvl.models.native import products_for
 from seekvl.presets import VL2_TINY
 from seekvl.runtime import torch_generator
 
@@ -253,10 +254,12 @@ def measure_layer(
 
     @torch.inference_mode()
     def decode(side: str) -> Tensor:
+        switch(sides[side], side)
         return torch.cat([sides[side](x[:, i : i + 1]) for i in range(DECODED)])
 
     @torch.inference_mode()
     def decode_batch(side: str) -> Tensor:
+        switch(sides[side], side)
         return torch.cat([sides[side](rows.transpose(0, 1)) for rows in x[:, :DECODED].split(BATCH, dim=1)])
 
     answers = (prefill, decode, decode_batch)
@@ -268,6 +271,11 @@ def measure_layer(
     steps = {"layer_decode": DECODED, "layer_decode_batch": DECODED // BATCH}
     tasks = {f"layer_{run.__name__}": run for run in (*answers, train)}
     return time_tasks(tasks, steps=steps, args=args), [text]
+
+
+def switch(network: nn.Module, side: str) -> None:
+    """Let ours decode through the kernels and the peer without; they have modules in common."""
+    accelerate(network, level="off" if side == PEER else None)
 
 
 def time_tasks(
@@ -316,6 +324,7 @@ def measure_model(
     def choose(side: str) -> None:
         for layer, mlp in zip(model.layers, ours if side == "seekvl" else peer, strict=True):
             layer.mlp = mlp
+        switch(model, side)
 
     @torch.inference_mode()
     def prefill(side: str) -> Tensor:
@@ -332,9 +341,8 @@ def measure_model(
         choose(side)
         steps = []
         for embeds in model.embed_tokens(ids[:, :BATCH]).split(1, dim=1):
-            with products_for(embeds) if side == "seekvl" else nullcontext():
-                steps.append(model(embeds, positions=cache.positions(1), cache=cache))
-                model.lm_head(steps[-1])
+            steps.append(model(embeds, positions=cache.positions(1), cache=cache))
+            model.lm_head(steps[-1])
         return torch.cat(steps)
 
     def train(side: str) -> None:
@@ -370,6 +378,7 @@ def report(values: Values, *, notes: list[str], neighbours: Neighbours, args: ar
     name = "tiny dimensions" if args.tiny else "DeepSeek-VL2-tiny"
     print(f"{name}, random {args.dtype} weights, {args.tokens} tokens, {args.threads} threads")
     print(f"seekvl {seekvl.__version__}, torch {torch.__version__}, {processor()}")
+    print(f"CPU kernels of seekvl: {choose_level() or 'none'}")
     print("\n".join(notes))
     print(
         f"median of {args.rounds} rounds; peak memory {peak_memory():.1f} GiB; "

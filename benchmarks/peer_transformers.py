@@ -279,7 +279,7 @@ def start_seekvl(folder: Path, *, clock: Clock) -> Started:
 
     began = clock()
     checkpoint = load_checkpoint(folder, device="cpu", dtype="bfloat16")
-    accelerate(checkpoint.model)
+    accelerate(checkpoint.model.language)
     load = clock() - began
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
     image_id, slots, side = tokenizer.image_id, model.config.visual_tokens, model.config.image_size

@@ -116,7 +116,7 @@ class VLM:
         """Most prompt tokens in one forward pass; None takes prompts whole where free memory allows. Answers
         are the same.
         """
-        self.kernels = accelerate(model)
+        self.kernels = accelerate(model.language)
         """Level of the CPU kernels that decoding runs on (see `engine.kernels.library`); None where torch
         computes, as on a GPU.
         """

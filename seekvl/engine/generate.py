@@ -19,7 +19,6 @@ from seekvl.engine.prefix import Prefix, picture_digests, picture_places, pictur
 from seekvl.engine.reply import Reply
 from seekvl.engine.request import Completion, FinishReason, Piece, Request, Timings, Usage
 from seekvl.engine.sampler import Sampler, choose
-from seekvl.models.native import products_for
 from seekvl.models.vl import VL
 from seekvl.models.vl2 import AnyVL
 from seekvl.processing.encode import ModelInput
@@ -268,11 +267,11 @@ def step(model: AnyVL, tokens: Sequence[int], *, cache: KVCache) -> Tensor:
     n = len(tokens)
     cache.reserve(max(cache.lengths[:n]) + 1)
     ids = torch.tensor(tokens, device=model.language.embed_tokens.weight.device).unsqueeze(1)  # n 1
-    embeds = model.embed(ids)  # n 1 d
-    with products_for(embeds):
-        hidden = model.hidden(embeds, positions=cache.positions(n), mask=cache.mask(n), cache=cache)  # n 1 d
-        cache.advance(n)
-        return model.head(hidden[:, 0]).float()
+    hidden = model.hidden(
+        model.embed(ids), positions=cache.positions(n), mask=cache.mask(n), cache=cache
+    )  # n 1 d
+    cache.advance(n)
+    return model.head(hidden[:, 0]).float()
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from seekvl.corpus import nano as corpus
 from seekvl.models.hybrid import Hybrid
 from seekvl.models.siglip import Siglip
 from seekvl.models.vl2 import AnyVL
@@ -15,7 +16,7 @@ from seekvl.processing.template import Template
 from seekvl.processing.tokenizer import Tokenizer
 from seekvl.recipes.nano_encoders import DrawScene, Labeller, cell_batches, cell_loss
 from seekvl.recipes.nano_naming import naming
-from seekvl.recipes.nano_sources import PictureSource, TextSource
+from seekvl.recipes.nano_sources import Draw, PictureSource, TextSource
 from seekvl.recipes.nano_views import Look
 from seekvl.recipes.nano_words import train_tokenizer
 from seekvl.runtime import SeekVLError, log, seed_for
@@ -63,13 +64,15 @@ class Build:
         return replace(stage, steps=scaled(stage.steps), schedule=schedule, language=share)
 
 
-def learn_words(start: Build, *, template: Template, specials: tuple[str, ...]) -> Path:
+def learn_words(
+    start: Build, *, template: Template, specials: tuple[str, ...], draw: Draw = corpus.sample
+) -> Path:
     """Return the `tokenizer.json` of a build, learnt by its first start."""
     start.folder.mkdir(parents=True, exist_ok=True)
     words = start.folder / "tokenizer.json"
     if not words.exists():
         log.info("learning the tokenizer")
-        train_tokenizer(words, template=template, specials=specials, seed=start.seed)
+        train_tokenizer(words, template=template, specials=specials, draw=draw, seed=start.seed)
     return words
 
 

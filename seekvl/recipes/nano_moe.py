@@ -228,7 +228,7 @@ def build(start: Build) -> Path:
     Every stage saves as it goes; a second call with the same folder goes on where the first one stopped.
     Raises SeekVLError for a folder that holds something else.
     """
-    words = learn_words(start, template=DEEPSEEK_VL2, specials=SPECIALS)
+    words = learn_words(start, template=DEEPSEEK_VL2, specials=SPECIALS, draw=DRAW)
     prepare = processor(open_words(words))
     model = VL2(MODEL)
     initialise(model, seed=start.seed)

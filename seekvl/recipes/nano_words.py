@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from seekvl.corpus import nano as corpus
 from seekvl.processing.template import Template, prompt_text, render
+from seekvl.recipes.nano_sources import Draw
 from seekvl.runtime import atomic_file
 
 VOCABULARY = 1024
@@ -17,9 +18,15 @@ VOCABULARY = 1024
 
 
 def train_tokenizer(
-    path: Path, *, template: Template, specials: Sequence[str], seed: int = 0, samples: int = 6000
+    path: Path,
+    *,
+    template: Template,
+    specials: Sequence[str],
+    draw: Draw = corpus.sample,
+    seed: int = 0,
+    samples: int = 6000,
 ) -> None:
-    """Learn a byte-level BPE from the prompts of nano's own corpus and write it as a `tokenizer.json`.
+    """Learn a byte-level BPE from the prompts of drawn samples and write it as a `tokenizer.json`.
 
     Digits and the letters of capitalised words stay single tokens, so that reading a word and a coordinate is
     copying letter by letter. `specials` get the last ids, in their order.
@@ -44,20 +51,25 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_texts(seed, samples, template=template, specials=specials), trainer)
+    backend.train_from_iterator(
+        _texts(seed, samples, template=template, specials=specials, draw=draw), trainer
+    )
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     with atomic_file(path) as part:
         backend.save(str(part))
 
 
-def _texts(seed: int, samples: int, *, template: Template, specials: Sequence[str]) -> Iterator[str]:
+def _texts(
+    seed: int, samples: int, *, template: Template, specials: Sequence[str], draw: Draw
+) -> Iterator[str]:
     """Yield the prompts of the first samples of both streams, cut where encoding cuts them.
 
     BOS stands in no prompt.
     """
     marks = re.compile("|".join(re.escape(token) for token in specials))
     for index in range(samples):
-        sample = corpus.text_sample(seed, index) if index % 3 == 0 else corpus.sample(seed, index)
+        text = index % 3 == 0
+        sample = corpus.text_sample(seed, index) if text else draw(seed, index, kind=None, questions=6)
         pieces = render(sample.conversation, template=template, complete=True)
         for apart, stretch in groupby(pieces, key=lambda piece: piece.printed_only or piece.picture):
             if not apart:

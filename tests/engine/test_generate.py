@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,24 +74,6 @@ def test_steps_of_a_ragged_batch_equal_single_rows(vlm: seekvl.VLM, prompts: lis
         for number, token in enumerate((5 + row, 8 + row)):
             single = step(vlm.model, [token], cache=alone)
             assert torch.allclose(single[0], logits[number][row], atol=2e-5, rtol=0)
-
-
-def test_a_single_bfloat16_row_is_decoded_by_native_products(tiled: seekvl.VLM) -> None:
-    model = deepcopy(tiled.model).bfloat16()
-    enabled: list[bool] = []
-    for part in (model.language.layers[0].attn.o_proj, model.language.lm_head):
-        part.register_forward_pre_hook(lambda *_: enabled.append(bool(torch.backends.mkldnn.enabled)))
-
-    def decode(rows: int) -> torch.Tensor:
-        cache = KVCache(model.config.language, rows=rows, device=tiled.device, dtype=torch.bfloat16)
-        return torch.stack([step(model, [token] * rows, cache=cache)[0] for token in (5, 6, 7)])
-
-    alone = decode(1)
-    assert enabled == [False] * 6
-    together = decode(2)
-    assert enabled[6:] == [True] * 6
-    assert torch.backends.mkldnn.enabled
-    torch.testing.assert_close(alone, together, rtol=0, atol=0.05 * float(together.std()))
 
 
 def test_a_batch_equals_single_answers_also_when_rows_end_early(

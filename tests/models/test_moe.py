@@ -148,14 +148,12 @@ def test_all_ways_to_multiply_agree(monkeypatch: pytest.MonkeyPatch, dtype: torc
         return gradients(model, lambda x: way(x.flatten(0, 1), experts), x)
 
     grouped, gathered = by(model.experts.grouped), by(model.experts.gathered)
-    visited = by(model.experts.visited)
     monkeypatch.setattr(F, "grouped_mm", lambda *_, **__: pytest.fail("there is no grouped product"))
     monkeypatch.delattr(F, "grouped_mm")
     looped = by(model.experts.grouped)
     atol = 2e-5 if dtype == torch.float32 else 3e-2
     for name, values in grouped.items():
         torch.testing.assert_close(gathered[name], values, rtol=atol, atol=atol)
-        torch.testing.assert_close(visited[name], values, rtol=atol, atol=atol)
         torch.testing.assert_close(looped[name], values, rtol=atol, atol=atol)
 
 
@@ -175,65 +173,6 @@ def test_answers_equal_the_slow_version_for_few_and_many_tokens(
     )  # rows of one token, as in decoding
     model = model.to(dtype)
     torch.testing.assert_close(model(x), slow_moe(model, x), rtol=atol, atol=atol)
-
-
-def test_only_decoding_on_a_cpu_reads_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(TINY)
-    ways = []
-    for name in ("grouped", "gathered", "visited"):
-        way = getattr(model.experts, name)
-        monkeypatch.setattr(
-            model.experts, name, lambda x, experts, way=way, name=name: ways.append(name) or way(x, experts)
-        )
-    few, many = torch.randn(1, 2, WIDTH), torch.randn(1, 3, WIDTH)  # 6 and 9 slots for 8 experts
-    model(few)
-    with torch.no_grad():
-        model(few)
-        model(many)
-        assert ways == ["grouped", "visited", "grouped"]
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        model(few)
-    assert ways[3:] == ["grouped"]
-
-
-@torch.no_grad()
-def test_decoding_reads_each_chosen_expert_once_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(TINY)
-    x = tokens("one expert for all", model)[:, :1].flatten(0, 1)
-    chosen = model.gate(x.unsqueeze(0)).experts[0]
-    assert len(chosen.unique()) < chosen.numel()
-    seen: list[int] = []
-    linear = F.linear
-    monkeypatch.setattr(
-        F, "linear", lambda rows, weight: seen.append(weight.data_ptr()) or linear(rows, weight)
-    )
-    model.experts.visited(x, chosen)
-    stacks = model.experts.gate_proj, model.experts.up_proj, model.experts.down_proj
-    expected = {stack[e].data_ptr() for stack in stacks for e in chosen.unique().tolist()}
-    assert sorted(seen) == sorted(expected)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tokens_in", "grad", "native"),
-    [
-        (torch.bfloat16, 1, False, True),
-        (torch.bfloat16, 2, False, False),
-        (torch.bfloat16, 1, True, False),
-        (torch.float32, 1, False, False),
-    ],
-)
-def test_a_single_bfloat16_token_goes_through_the_native_products(
-    dtype: torch.dtype, tokens_in: int, grad: bool, native: bool
-) -> None:
-    model = make(TINY).to(dtype)
-    assert model.shared is not None
-    enabled = []
-    for part in (model.shared.gate_proj, model.shared.down_proj):
-        part.register_forward_pre_hook(lambda *_: enabled.append(torch.backends.mkldnn.enabled))
-    with torch.set_grad_enabled(grad):
-        model(torch.randn(1, tokens_in, WIDTH).to(dtype))
-    assert enabled == [not native] * 2
-    assert torch.backends.mkldnn.enabled
 
 
 def test_autocast_decodes_in_its_dtype_too() -> None:

@@ -21,7 +21,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def moe_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("moe-words") / "tokenizer.json"
-    train_tokenizer(path, template=DEEPSEEK_VL2, specials=nano_moe.SPECIALS, samples=300)
+    train_tokenizer(path, template=DEEPSEEK_VL2, specials=nano_moe.SPECIALS, draw=nano_moe.DRAW, samples=600)
     return path
 
 

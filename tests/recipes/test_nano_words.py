@@ -37,12 +37,13 @@ def test_answers_of_the_second_family_begin_with_words_of_their_own(moe_words: P
     assert pieces(tokenizer, "red circle") == ["red", " circle"]  # nothing stands before an answer there
     assert tokenizer.vocab_size <= VOCABULARY
     assert all(tokenizer.token_id(mark) is not None for mark in VL2_ADDED)
+    assert pieces(tokenizer, " the red panel") == [" the", " red", " panel"]  # words of strips, too
     highest = tokenizer.token_id(VL2_ADDED[-1])
     assert highest == tokenizer.vocab_size - 1  # none of them had to be appended
 
 
 def test_no_text_is_lost_or_joined_across_control_tokens() -> None:
-    texts = list(_texts(0, 4, template=DEEPSEEK_VL2, specials=nano_moe.SPECIALS))
+    texts = list(_texts(0, 4, template=DEEPSEEK_VL2, specials=nano_moe.SPECIALS, draw=corpus.sample))
     assert not any(mark in text for text in texts for mark in nano_moe.SPECIALS)
     pieces = render(corpus.text_sample(0, 0).conversation, template=DEEPSEEK_VL2, complete=True)
     answers = [piece.text for piece in pieces if piece.answer and not piece.control and piece.text.strip()]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from seekvl.engine.kernels.library import LEVELS, choose_level
 from seekvl.engine.kernels.products import DTYPES, MAX_ROWS, raw_experts, raw_linear
 from seekvl.models.moe import Experts
-from seekvl.models.vl2 import AnyVL
 
 SMALLEST = {torch.float32: 1 << 19, torch.bfloat16: 1 << 15, torch.float16: 1 << 15}
 """Bytes of a weight below which torch is left alone: calling costs more there than reading. torch's own
@@ -69,20 +68,20 @@ KERNELS: dict[type[nn.Module], type[Accelerated]] = {nn.Linear: KernelLinear, Ex
 """What takes the place of what. A subclass of these is somebody else's, and stays."""
 
 
-def accelerate(model: AnyVL, *, level: str | None = None, smallest: int | None = None) -> str | None:
-    """Let the language model decode through the kernels; return the level they compute on.
+def accelerate(network: nn.Module, *, level: str | None = None, smallest: int | None = None) -> str | None:
+    """Let a network decode through the kernels; return the level they compute on.
 
     A weight of fewer than `smallest` bytes, by default those of `SMALLEST`, stays with torch. With `level`
     "off", or None and so said by the environment (see `choose_level`), layers get their own class back and
-    None is returned. A model that is not on the CPU is left as it is.
+    None is returned. A network that is not on the CPU is left as it is.
 
     Raises SeekVLError for a level that does not exist or that this machine cannot execute.
     """
-    if not model.language.embed_tokens.weight.is_cpu:
+    if not all(parameter.is_cpu for parameter in network.parameters()):
         return None
     chosen = choose_level(level)
     plain = {kernel: own for own, kernel in KERNELS.items()}
-    for module in model.language.modules():
+    for module in network.modules():
         own = plain.get(cast(type[Accelerated], type(module)), type(module))
         if own not in KERNELS:
             continue

@@ -84,7 +84,7 @@ class Calls:
 def test_greedy_answers_are_the_golden_ones(folder: str, level: str) -> None:
     """Every product of every decoding step, however small, alone and in a batch of up to eight rows."""
     vlm, golden = load(folder), load_file(GOLDEN / folder / "cases.safetensors")
-    accelerate(vlm.model, level=level, smallest=0)
+    accelerate(vlm.model.language, level=level, smallest=0)
     wanted = [golden[f"{name}/generated_ids"][0].tolist() for name in names(folder)]
     prompts = [encode(folder, name) for name in names(folder)]
     assert [greedy(vlm, inputs)[0] for inputs in prompts] == wanted
@@ -97,7 +97,7 @@ def test_bfloat16_decodes_as_near_to_float32_as_torch_does(folder: str, level: s
     half, full, inputs = load(folder, "bfloat16"), load(folder), encode(folder, "text_only")
     logits = {}
     for vlm, name in ((full, "off"), (half, "off"), (half, level)):
-        accelerate(vlm.model, level=name, smallest=0)
+        accelerate(vlm.model.language, level=name, smallest=0)
         held = KVCache(vlm.config.language, rows=1, device=vlm.device, dtype=vlm.dtype)
         prefill(vlm.model, inputs, cache=held, row=0)
         steps = [step(vlm.model, [token], cache=held) for token in (5, 6, 7)]
@@ -113,7 +113,7 @@ def test_a_step_runs_through_the_kernels_and_a_prompt_does_not(
     folder: str, native: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm, inputs = load(folder), encode(folder, "text_only")
-    accelerate(vlm.model, smallest=0)
+    accelerate(vlm.model.language, smallest=0)
     calls = Calls(monkeypatch)
     held = KVCache(vlm.config.language, rows=1, device=vlm.device, dtype=vlm.dtype)
     prefill(vlm.model, inputs, cache=held, row=0)
@@ -128,7 +128,7 @@ def test_a_step_runs_through_the_kernels_and_a_prompt_does_not(
 def test_prompts_and_gradients_stay_as_they_were(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load_checkpoint(GOLDEN / "vl2-tiny-like", device="cpu", dtype="float32").model
     model = copy.deepcopy(plain)
-    accelerate(model, smallest=0)
+    accelerate(model.language, smallest=0)
     calls = Calls(monkeypatch)
     ids = torch.arange(12)[None]
     with torch.no_grad():
@@ -170,13 +170,13 @@ def test_parameters_names_and_files_are_the_same(native: Library, tmp_path: Path
     model = load_checkpoint(GOLDEN / "vl2-small-like", device="cpu", dtype="float32").model
     before, own = dict(model.named_parameters()), classes(model)
     state = list(model.state_dict())
-    assert accelerate(model) == native.levels[-1]
+    assert accelerate(model.language) == native.levels[-1]
     assert list(model.state_dict()) == state
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     changed = {name for name, kind in classes(model).items() if kind is not own[name]}
     assert {own[name] for name in changed} == {nn.Linear, Experts}
     assert all(name.startswith("language.") for name in changed)
-    assert accelerate(model, level="off") is None
+    assert accelerate(model.language, level="off") is None
     assert classes(model) == own
 
 
@@ -194,7 +194,7 @@ def test_copies_and_pickles(native: Library) -> None:
 
 def test_weights_may_move_and_change_their_dtype(native: Library) -> None:
     model: AnyVL = load_checkpoint(GOLDEN / "vl1-siglip", device="cpu", dtype="float32").model
-    accelerate(model, smallest=0)
+    accelerate(model.language, smallest=0)
     ids = torch.arange(3)[None]
     with torch.no_grad():
         full = model(ids)
@@ -213,18 +213,18 @@ def test_layers_of_others_and_other_devices_are_left_alone(native: Library) -> N
     model = load_checkpoint(GOLDEN / "vl1-siglip", device="cpu", dtype="float32").model
     head = model.language.lm_head
     head.__class__ = Adapted
-    accelerate(model)
+    accelerate(model.language)
     assert type(head) is Adapted
     assert classes(model)["language.layers.0.mlp.up_proj"] is KernelLinear
     meta = on_meta(model.config)
     own = classes(meta)
-    assert accelerate(meta) is None
+    assert accelerate(meta.language) is None
     assert classes(meta) == own
 
 
 def test_experts_wider_than_the_kernels_take(native: Library) -> None:
     model = load_checkpoint(GOLDEN / "vl2-tiny-like", device="cpu", dtype="float32").model
-    accelerate(model, smallest=0)
+    accelerate(model.language, smallest=0)
     experts = next(module for module in model.modules() if isinstance(module, KernelExperts))
     d = experts.gate_proj.shape[2]
     for n in (8, 9):
@@ -248,7 +248,7 @@ def test_the_object_users_hold_says_what_decodes(native: Library, monkeypatch: p
 
 def test_a_prompt_of_pictures_is_embedded_by_torch(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = load("vl1-siglip")
-    accelerate(vlm.model, smallest=0)
+    accelerate(vlm.model.language, smallest=0)
     calls = Calls(monkeypatch)
     embed_prompt(vlm.model, encode("vl1-siglip", "single"))
     assert calls.counts == {"raw_linear": 0, "raw_experts": 0}
