@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from seekvl.engine.kernels.library import Library
+    from seekvl.engine.kernels.compiled import Library
 
 PEER = "torch"
 PAUSE = 0.01
@@ -79,7 +79,7 @@ def main() -> None:
     args = parse()
     import torch
 
-    from seekvl.engine.kernels.library import choose_level, library
+    from seekvl.engine.kernels.compiled import choose_level, library
 
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
@@ -152,7 +152,7 @@ def matrices(shape: Shape, batch: int, dtype: "torch.dtype", level: str, args: a
     import torch
     import torch.nn.functional as F
 
-    from seekvl.engine.kernels.library import LEVELS
+    from seekvl.engine.kernels.compiled import LEVELS
     from seekvl.engine.kernels.products import raw_linear
 
     size = shape.rows * shape.width * dtype.itemsize

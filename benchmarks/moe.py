@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import seekvl
 from seekvl.engine.cache import KVCache
 from seekvl.engine.kernels.accelerate import accelerate
-from seekvl.engine.kernels.library import choose_level
+from seekvl.engine.kernels.compiled import choose_level
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.moe import Moe, RouterRecord
 from seekvl.presets import VL2_TINY

@@ -117,7 +117,7 @@ class VLM:
         are the same.
         """
         self.kernels = accelerate(model.language)
-        """Level of the CPU kernels that decoding runs on (see `engine.kernels.library`); None where torch
+        """Level of the CPU kernels that decoding runs on (see `engine.kernels.compiled`); None where torch
         computes, as on a GPU.
         """
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from seekvl.engine.kernels.library import missing
+from seekvl.engine.kernels.compiled import missing
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
 REASON = missing()

@@ -9,7 +9,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from seekvl.engine.kernels.library import LEVELS, choose_level
+from seekvl.engine.kernels.compiled import LEVELS, choose_level
 from seekvl.engine.kernels.products import DTYPES, MAX_ROWS, raw_experts, raw_linear
 from seekvl.models.moe import Experts
 

@@ -16,7 +16,7 @@ width of an expert, d width.
 import torch
 from torch import Tensor
 
-from seekvl.engine.kernels.library import LEVELS, choose_level, library
+from seekvl.engine.kernels.compiled import LEVELS, choose_level, library
 from seekvl.runtime import SeekVLError
 
 MAX_ROWS = 8

@@ -2,7 +2,7 @@
 
 import torch
 
-from seekvl.engine.kernels.library import SWITCH, choose_level, library, missing
+from seekvl.engine.kernels.compiled import SWITCH, choose_level, library, missing
 from seekvl.engine.kernels.products import MAX_ROWS, linear
 from seekvl.runtime import SeekVLError, torch_generator
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from seekvl.engine.kernels.library import LEVELS, Library, library, missing
+from seekvl.engine.kernels.compiled import LEVELS, Library, library, missing
 
 
 @pytest.fixture

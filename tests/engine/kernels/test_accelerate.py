@@ -16,7 +16,7 @@ from seekvl.engine.cache import KVCache
 from seekvl.engine.generate import embed_prompt, generate, prefill, step
 from seekvl.engine.kernels import accelerate as room
 from seekvl.engine.kernels.accelerate import KERNELS, KernelExperts, KernelLinear, accelerate
-from seekvl.engine.kernels.library import LEVELS, SWITCH, Library
+from seekvl.engine.kernels.compiled import LEVELS, SWITCH, Library
 from seekvl.engine.request import Request, SamplingParams
 from seekvl.models.moe import Experts
 from seekvl.models.vl2 import AnyVL, on_meta

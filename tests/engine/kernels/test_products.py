@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seekvl.engine.kernels.library import LEVELS, Library, library
+from seekvl.engine.kernels.compiled import LEVELS, Library, library
 from seekvl.engine.kernels.products import DTYPES, MAX_ROWS, linear, swiglu_experts
 from seekvl.models.moe import Experts, MoeConfig
 from seekvl.runtime import SeekVLError

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from seekvl.engine.kernels import library as room
+from seekvl.engine.kernels import compiled as room
 from seekvl.engine.kernels import report
-from seekvl.engine.kernels.library import SWITCH, Library
+from seekvl.engine.kernels.compiled import SWITCH, Library
 from seekvl.engine.kernels.products import linear
 from seekvl.engine.kernels.report import compare_with_torch
 from seekvl.runtime import SeekVLError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from seekvl.engine.kernels import library as room
-from seekvl.engine.kernels.library import LEVELS, SWITCH, Library, choose_level, library, missing
+from seekvl.engine.kernels import compiled as room
+from seekvl.engine.kernels.compiled import LEVELS, SWITCH, Library, choose_level, library, missing
 from seekvl.engine.kernels.products import linear
 from seekvl.runtime import SeekVLError
 
