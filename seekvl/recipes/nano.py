@@ -180,10 +180,10 @@ def stage3() -> Stage:
     """Supervised fine-tuning: SAM stays frozen, the rest learns (2403.05525, sec. 3.2.3)."""
     return Stage(
         name="stage3",
-        steps=1300,
+        steps=7300,
         batch_size=16,
-        lr=4e-4,
-        schedule=Schedule(shape="cosine", warmup=20),
+        lr=1e-3,
+        schedule=Schedule(shape="cosine", warmup=100),
         groups=(
             Group(pattern=ADAPTOR),
             Group(pattern=TRUNK, frozen=True),

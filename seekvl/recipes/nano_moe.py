@@ -200,10 +200,10 @@ def stage3() -> Stage:
     """Supervised fine-tuning of everything (2412.10302, sec. 3)."""
     return Stage(
         name="stage3",
-        steps=3000,
+        steps=4000,
         batch_size=16,
-        lr=4e-4,
-        schedule=Schedule(shape="cosine", warmup=20),
+        lr=1e-3,
+        schedule=Schedule(shape="cosine", warmup=100),
         groups=(*TOWER, ADAPTOR, *LANGUAGE),
         language=LanguageShare(target=0.05),
     )
