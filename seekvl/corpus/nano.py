@@ -73,7 +73,7 @@ MIXTURE = Mixture(shapes=55, sign=33, chart=12, strip=0)
 
 WEIGHTS = {
     "shapes": {
-        "colour": 16, "shape": 16, "count": 20, "locate": 26, "relation": 10, "size": 6, "exist": 8,
+        "colour": 16, "shape": 16, "count": 20, "locate": 40, "relation": 10, "size": 6, "exist": 8,
         "caption": 7, "absent": 2, "background": 3, "position": 5, "region": 6,
     },
     "sign": {

@@ -77,7 +77,7 @@ class TextSource:
 
 @dataclass(frozen=True, slots=True)
 class PictureSource:
-    """Pictures with questions and answers; one in six is for counting, which mixed questions leave to small
+    """Pictures with questions and answers; one in four is for counting, which mixed questions leave to small
     numbers.
     """
 
@@ -90,7 +90,7 @@ class PictureSource:
 
     def __call__(self, index: int) -> ModelInput:
         """Return sample `index`, encoded for training."""
-        kind = "count" if index % 6 == 5 else None
+        kind = "count" if index % 4 == 3 else None
         sample = self.draw(self.seed, index, kind=kind, questions=self.questions)
         return weigh_answers(
             self.processor.encode(sample.conversation, train=True), tokenizer=self.processor.tokenizer
