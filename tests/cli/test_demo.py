@@ -27,7 +27,7 @@ def unseen(kind: str, index: int, *, folder: Path) -> tuple[Path, str, str]:
 
 
 def test_right_answers_about_unseen_pictures(run: Run, tmp_path: Path) -> None:
-    """Guessing gives 3 to 4 of 32; `seekvl eval nano` measured 27 to 28 (README)."""
+    """Guessing gives 3 to 4 of 32; `seekvl eval nano` measured 29 to 30 (README)."""
     right = 0
     for kind in ("colour", "shape", "count", "read"):
         for index in range(ASKED):
@@ -35,7 +35,7 @@ def test_right_answers_about_unseen_pictures(run: Run, tmp_path: Path) -> None:
             result = run("ask", picture, question, "--device", "cpu")
             assert result.exit_code == 0, result.output
             right += result.stdout.splitlines()[0].strip().lower() == answer.strip().lower()
-    assert right >= 22
+    assert right >= 26
 
 
 def test_boxes_are_well_formed_named_and_drawn(run: Run, tmp_path: Path) -> None:
