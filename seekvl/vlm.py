@@ -71,8 +71,7 @@ def load(
     max_tokens: int | None = None,
     max_tiles: int | None = None,
 ) -> "VLM":
-    """Load the bundled seekvl-nano or seekvl-nano-moe, a folder in the official or the transformers layout,
-    or a hub id.
+    """Load the bundled seekvl-nano, a folder in the official or the transformers layout, or a hub id.
 
     device, dtype: "auto" takes CUDA where there is one, and a dtype that suits device and size.
     revision: commit, tag or branch of a hub id.
