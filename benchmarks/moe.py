@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +36,7 @@ from quiet import Neighbours, wait_until_quiet
 from torch import Tensor, nn
 
 import seekvl
+from seekvl.engine.budget import free_bytes
 from seekvl.engine.cache import KVCache
 from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.kernels.compiled import choose_level
@@ -355,8 +355,8 @@ def measure_model(
     notes = [agree(pairs, what=f"{config.layers} layers", tolerance=TOLERANCE[dtype][1])]
     tasks: dict[str, Callable[[str], object]] = {"model_prefill": prefill, "model_decode": decode}
     weights = sum(p.nbytes for p in model.parameters())
-    free, spare = free_memory(), SPARE * args.tokens
-    if 0 < free < weights + spare:
+    free, spare = free_bytes(torch.device("cpu")), SPARE * args.tokens
+    if free < weights + spare:
         notes.append(
             f"training step of the whole model not measured: {weights / 2**30:.1f} GiB of gradients and "
             f"{spare / 2**30:.1f} GiB more do not fit into {free / 2**30:.1f} GiB; lower --layers"
@@ -364,13 +364,6 @@ def measure_model(
     else:
         tasks["model_train"] = train
     return time_tasks(tasks, steps={"model_decode": BATCH}, args=args), notes
-
-
-def free_memory() -> int:
-    """Return the bytes that can still be had; 0 where the system does not say."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), 0)
 
 
 def report(values: Values, *, notes: list[str], neighbours: Neighbours, args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import typer
 from seekvl.cli import options
 
 if TYPE_CHECKING:
-    from seekvl.weights.report import Check, Report
+    from seekvl.weights.report import Report
 
 EXAMPLE = "Example: seekvl verify ~/models/deepseek-vl-1.3b-chat"
 
@@ -33,10 +33,13 @@ def verify(
     The exit code is 1 when anything failed.
     """
     with options.waiting_line("running the self-check"):
+        from seekvl.engine.kernels.report import compare_with_torch
+        from seekvl.weights.report import Checks
         from seekvl.weights.self_check import self_check
 
-        report = self_check()
-        reports = [replace(report, checks=(*report.checks, _kernels()))]
+        report, checks = self_check(), Checks()
+        checks.run("CPU kernels", lambda: (None, compare_with_torch()))  # that there are none is no failure
+        reports = [replace(report, checks=(*report.checks, *checks.done))]
     if not json:
         _print(reports[0])
     if folder is not None:
@@ -54,19 +57,6 @@ def verify(
         failed = sum(not check.ok for report in reports for check in report.checks)
         typer.echo(f"error: {failed} check{'s' * (failed > 1)} failed", err=True)
         raise typer.Exit(1)
-
-
-def _kernels() -> "Check":
-    """Compare a product of the CPU kernels with torch's; that there are none is no failure."""
-    from seekvl.engine.kernels.report import compare_with_torch
-    from seekvl.runtime import SeekVLError
-    from seekvl.weights.report import Check
-
-    try:
-        ok, detail = True, compare_with_torch()
-    except SeekVLError as error:
-        ok, detail = False, str(error)
-    return Check(name="CPU kernels", ok=ok, detail=detail)
 
 
 def _print(report: "Report") -> None:

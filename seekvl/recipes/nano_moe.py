@@ -30,6 +30,7 @@ from seekvl.processing.encode import Processor
 from seekvl.processing.template import DEEPSEEK_VL2
 from seekvl.processing.tile_image import GRIDS_9, TileImageConfig
 from seekvl.processing.tokenizer import BOS, EOS, VL2_ADDED, Tokenizer
+from seekvl.recipes.nano import MATRIX, QUESTIONS
 from seekvl.recipes.nano_build import Build, learn_to_answer, learn_words, warm_up_adaptor, warm_up_towers
 from seekvl.recipes.nano_encoders import DrawScene
 from seekvl.recipes.nano_initialise import initialise
@@ -85,8 +86,6 @@ IMAGE_CONFIG = TileImageConfig(
 )
 SPECIALS = (BOS, EOS, *VL2_ADDED)
 """Special tokens of its vocabulary, all that the template and the marks of boxes need."""
-QUESTIONS = 8
-"""Most questions a picture."""
 CHECKPOINT = CheckpointConfig(
     model=MODEL,
     image=IMAGE_CONFIG,
@@ -113,8 +112,6 @@ def processor(tokenizer: Tokenizer) -> Processor:
     return Processor(tokenizer, IMAGE_CONFIG, DEEPSEEK_VL2, max_tokens=MODEL.language.max_positions)
 
 
-MATRIX = r"vision[.]blocks[.].*[.](qkv|proj|fc1|fc2)[.]weight"
-"""Matrices between the layers of the tower."""
 ADAPTOR = Group(pattern=r"adaptor[.].*|image_newline|view_separator")
 ROUTER_BIAS = Group(pattern=r"language[.]layers[.].*[.]gate[.]bias", frozen=True)
 """No gradient moves it; `Stage.bias_gamma` does."""
@@ -128,8 +125,8 @@ LANGUAGE = (
 def tower(*, lr: float) -> tuple[Group, ...]:
     """Return the lines of the tower; `lr` is what its learning rate is multiplied by."""
     return (
-        Group(pattern=MATRIX, rule="muon", lr=2.0 * lr),
-        Group(pattern=r"vision[.](?!blocks[.].*(qkv|proj|fc1|fc2)[.]weight).*", lr=lr),
+        Group(pattern=rf"vision{MATRIX}", rule="muon", lr=2.0 * lr),
+        Group(pattern=rf"vision(?!{MATRIX}).*", lr=lr),
     )
 
 

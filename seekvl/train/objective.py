@@ -72,7 +72,7 @@ def next_token_loss(model: AnyVL, batch: Batch) -> Loss:
 
 def _hidden(model: AnyVL, embeds: Tensor, batch: Batch) -> tuple[Tensor, RouterRecord | None]:
     """Return hidden states f[b, t, d] of embeddings, and what routers did on the way, where there are any."""
-    if isinstance(model, VL) or not has_experts(model):
+    if not has_experts(model):
         return model.hidden(embeds, positions=batch.positions), None
     record = RouterRecord(counted=batch.present)
     return model.hidden(embeds, positions=batch.positions, record=record), record

@@ -2,6 +2,8 @@
 2412.10302, hyper-parameter table).
 """
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from seekvl.models.vl2 import VL2, AnyVL
 from seekvl.runtime import SeekVLError
 
 
-def has_experts(model: AnyVL) -> bool:
+def has_experts(model: AnyVL) -> TypeGuard[VL2]:
     """Whether any layer of a network is a mixture of experts."""
     if isinstance(model, VL):
         return False

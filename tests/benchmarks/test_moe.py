@@ -99,7 +99,7 @@ def test_sides_that_do_not_compute_the_same_are_not_timed() -> None:
 
 def test_a_model_too_large_to_train_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["moe.py", *QUICK, "--figures", "model_train"])
-    monkeypatch.setattr(program, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(program, "free_bytes", lambda device: 1 << 20)
     args = program.parse()
     values, notes = program.measure_model(program.tiny_language(small=True), dtype=torch.float32, args=args)
     assert values == {}
