@@ -139,3 +139,53 @@ def vision_flops(config: AnyConfig, *, pictures: int = 1) -> int:
     else:
         towers, grid = siglip_flops(vision, pictures=pictures), vision.grid
     return towers + pictures * adaptor_flops(config.adaptor, grid=grid)
+
+
+def language_activation_bytes(
+    config: LlamaConfig | DeepseekV2Config, *, tokens: int, past: int = 0, bytes_per_number: int = 2
+) -> int:
+    """Return the bytes alive at the busiest moment of a forward of `tokens` new tokens after `past` cached
+    ones, without gradients and with fused attention.
+    """
+    d, stream = config.width, 2 * config.width
+    seen = tokens + past
+    qkv = (config.heads + 2 * config.kv_heads) * config.head_width
+    rotated = 2 * config.heads * config.head_width * 4  # two products in float32 beside the halves
+    attention = tokens * ((stream + qkv + d) * bytes_per_number + rotated)
+    if isinstance(config, DeepseekV2Config) and config.mla is not None:
+        mla, h = config.mla, config.heads
+        per_key = h * (2 * mla.nope_width + mla.value_width + 2 * mla.query_width)  # kv, k, padded v
+        attention = (seen * per_key + tokens * (stream + 3 * h * mla.query_width)) * bytes_per_number
+    mask = tokens * seen if past else 0
+    mlp = tokens * (stream + 2 * config.mlp_width) * bytes_per_number
+    if isinstance(config, DeepseekV2Config) and config.moe is not None:
+        moe = config.moe
+        sorted_in = tokens * moe.active * (d + 2 * moe.width) * bytes_per_number
+        out = tokens * moe.active * d * (2 * bytes_per_number + 4)  # sorted, unsorted, weighted in float32
+        mlp = max(mlp, tokens * stream * bytes_per_number + max(sorted_in, out))
+    return max(attention, mlp) + mask
+
+
+def vision_activation_bytes(config: AnyConfig, *, pictures: int = 1, bytes_per_number: int = 2) -> int:
+    """Return the bytes alive at the busiest moment of the towers, for pictures, or tiles of VL2, that pass
+    them at once.
+    """
+    vision = config.vision
+    if isinstance(vision, HybridConfig):
+        return pictures * max(
+            _sam_activations(vision.high, bytes_per_number), _siglip_activations(vision.low, bytes_per_number)
+        )
+    return pictures * _siglip_activations(vision, bytes_per_number)
+
+
+def _siglip_activations(config: SiglipConfig, bytes_per_number: int) -> int:
+    """Bytes of one picture in the SigLIP tower: stream, its norm, and the wider of attention and MLP."""
+    wide = max(4 * config.width, 2 * config.mlp_width)
+    return config.grid**2 * (2 * config.width + wide) * bytes_per_number
+
+
+def _sam_activations(config: SamConfig, bytes_per_number: int) -> int:
+    """Bytes of one picture in the SAM tower: the biases of a global block outweigh all else."""
+    t, side = config.grid**2, config.grid
+    bias = config.heads * t * (t + 2 * side)
+    return (bias + t * 6 * config.width) * bytes_per_number

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from seekvl.models.vl2 import on_meta
-from seekvl.presets import VL2_TINY
+from seekvl.models.vl2 import VL2Config, on_meta
+from seekvl.presets import CHECKPOINTS, SHORT_NAMES
 from seekvl.runtime import torch_generator
-from seekvl.weights.config import VL2_TOKENS, CheckpointConfig
+from seekvl.weights.config import VL2_TOKENS, CheckpointConfig, SpecialTokens
 from seekvl.weights.save import save_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -39,7 +39,7 @@ print(json.dumps(said))
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_tiny_answers_within_its_weights_and_little_more(tmp_path: Path) -> None:
-    write_random(tmp_path)
+    write_random(tmp_path, "deepseek-vl2-tiny")
     picture = GOLDEN / "images" / "text_320x200.png"
     done = subprocess.run(
         [sys.executable, "-c", ASK, str(tmp_path), str(picture)], capture_output=True, text=True, check=False
@@ -54,9 +54,10 @@ def test_tiny_answers_within_its_weights_and_little_more(tmp_path: Path) -> None
 
 
 @torch.no_grad()
-def write_random(folder: Path) -> None:
-    """Write the checkpoint in the published layout."""
-    model = on_meta(VL2_TINY.model).to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+def write_random(folder: Path, name: str) -> None:
+    """Write a published checkpoint with random numbers in its official layout."""
+    preset = CHECKPOINTS[SHORT_NAMES[name]]
+    model = on_meta(preset.model).to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     generator = torch_generator(0, "true size")
     block = torch.empty(4_194_301).normal_(std=0.02, generator=generator).bfloat16()  # prime: nothing repeats
     for name, parameter in model.named_parameters():
@@ -66,7 +67,12 @@ def write_random(folder: Path) -> None:
         for start in range(0, len(flat) if parameter.dim() > 1 else 0, len(block)):
             part = flat[start : start + len(block)]
             part.copy_(block[: len(part)])
+    second = isinstance(preset.model, VL2Config)
     config = CheckpointConfig(
-        model=VL2_TINY.model, image=VL2_TINY.image, template=VL2_TINY.template, specials=VL2_TOKENS
+        model=preset.model,
+        image=preset.image,
+        template=preset.template,
+        specials=VL2_TOKENS if second else SpecialTokens(),
     )
-    save_checkpoint(model, folder, config=config, tokenizer=GOLDEN / "vl2-tiny-like" / "tokenizer.json")
+    words = GOLDEN / ("vl2-tiny-like" if second else "vl1-hybrid") / "tokenizer.json"
+    save_checkpoint(model, folder, config=config, tokenizer=words)
