@@ -6,14 +6,20 @@ import contextlib
 import hashlib
 import importlib
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 log = logging.getLogger("seekvl")
 
@@ -27,6 +33,28 @@ class SeekVLError(ValueError):
     """What a user can cause and can mend: one line that says what was wrong, where, with which numbers, what
     to do.
     """
+
+
+def is_whole(value: object) -> bool:
+    """Tell whether a value is a whole number; True and False are none.
+
+    >>> is_whole(3), is_whole(3.0), is_whole(True)
+    (True, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_positive(what: str, config: "DataclassInstance", *, or_zero: tuple[str, ...] = ()) -> None:
+    """Raise SeekVLError for a number among the fields of a config that is not finite or not above 0.
+
+    or_zero: fields that may be 0 as well.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if not (0 < value < math.inf or (value == 0 and field.name in or_zero)):
+            raise SeekVLError(f"{what} {field.name} {value} must be above 0 and finite")
 
 
 def require(module: str, *, extra: str) -> ModuleType:
@@ -64,11 +92,15 @@ def select_device(name: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise SeekVLError(f"device {name!r} is not a torch device; use 'auto', 'cpu' or 'cuda'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device.type not in present:
+        raise SeekVLError(f"device {name!r} is none that seekvl computes on; use 'auto', 'cpu' or 'cuda'")
+    if not present[device.type]:
         raise SeekVLError(
-            f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA here; use 'cpu'"
+            f"device {name!r} was asked for, but torch {torch.__version__} sees no {device.type.upper()} "
+            "here; use 'cpu'"
         )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise SeekVLError(
@@ -91,7 +123,7 @@ def select_dtype(name: str | torch.dtype = "auto", *, device: torch.device, para
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         return torch.float32 if parameters <= FLOAT32_LIMIT else torch.bfloat16
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise SeekVLError(f"dtype {name!r} is not supported; use 'auto' or one of {', '.join(DTYPES)}")
     return DTYPES[name]
 

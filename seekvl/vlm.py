@@ -25,10 +25,10 @@ from seekvl.engine.request import (
 )
 from seekvl.engine.score import Score, prompt_logits, score_continuations
 from seekvl.models.vl2 import VL2, AnyConfig, AnyVL, VL2Config
+from seekvl.processing.choices import Preprocessing
 from seekvl.processing.conversation import Conversation, Message, Source, Text, parse_messages
 from seekvl.processing.encode import Processor
 from seekvl.processing.grounding import Box, parse_boxes
-from seekvl.processing.pad_image import Preprocessing
 from seekvl.processing.picture import open_picture
 from seekvl.processing.tile_image import TileImageConfig, visual_tokens
 from seekvl.processing.tokenizer import Tokenizer
@@ -52,7 +52,8 @@ class Answer:
     """Boxes the text names, in 0..999 of the original picture.
 
     A text does not say which picture it means. The reference draws on the last one of the conversation, and
-    so it is here: `Box.image` is its index, 0 where there was none.
+    so it is here: `Box.image` is its index, 0 where there was none. A box that a last assistant message has
+    opened is one of them; those it holds whole are not.
     """
     finish_reason: FinishReason
     """"stop", "length" or "cancelled"."""
@@ -254,6 +255,8 @@ class VLM:
         """
         if isinstance(conversations, str | bytes | Mapping | Conversation):
             raise SeekVLError("batch takes a list of conversations; use chat for a single one")
+        if not isinstance(conversations, Sequence):
+            raise SeekVLError(f"batch takes a list of conversations, not {type(conversations).__name__}")
         params = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -283,8 +286,14 @@ class VLM:
         Answers of DeepSeek-VL start with a space: give " A" to score the answer A as the model was taught to
         write it. Those of DeepSeek-VL2 start without one.
         """
-        if isinstance(continuations, str):
-            raise SeekVLError("score takes a list of continuations, not a single string")
+        if isinstance(continuations, str | bytes) or not isinstance(continuations, Sequence):
+            raise SeekVLError(f"score takes a list of continuations, not {type(continuations).__name__}")
+        for index, text in enumerate(continuations, start=1):
+            if not isinstance(text, str):
+                raise SeekVLError(
+                    f"continuation {index} of {len(continuations)} must be a string, "
+                    f"not {type(text).__name__}"
+                )
         ids = [self.tokenizer.encode(text) for text in continuations]
         inputs = self.processor(messages)
         return score_continuations(self.model, inputs, continuations=ids, chunk=self.prefill_chunk)
@@ -306,6 +315,7 @@ class VLM:
             inputs=inputs,
             params=params,
             strip=conversation.messages[-1].role == "user",
+            begun=_begun(conversation),
             penalise_prompt=isinstance(self.model, VL2),
             preprocess_seconds=time.perf_counter() - began,
         )
@@ -365,7 +375,8 @@ class Session:
         raises SeekVLError when it is drawn from again.
         """
         limits = self.vlm.processor.limits
-        opened = [open_picture(source, limits=limits) for source in _sources(images)]
+        mode = self.vlm.processor.preprocessing
+        opened = [open_picture(source, limits=limits, mode=mode) for source in _sources(images)]
         turn = user_message(question, opened)
         conversation = Conversation((*self.messages, turn), self.system)
         pieces = self.vlm._stream(
@@ -431,14 +442,23 @@ def user_message(question: str, images: Source | Sequence[Source] = ()) -> Messa
 
 def answer_of(completion: Completion) -> Answer:
     """Turn what the engine made into an answer with boxes, which lie in the last picture."""
+    boxes = parse_boxes(completion.begun + completion.text, image=max(completion.pictures - 1, 0))
     return Answer(
         text=completion.text,
         token_ids=list(completion.token_ids),
-        boxes=parse_boxes(completion.text, image=max(completion.pictures - 1, 0)),
+        boxes=boxes[len(parse_boxes(completion.begun)) :],
         finish_reason=completion.finish_reason,
         usage=completion.usage,
         timings=completion.timings,
     )
+
+
+def _begun(conversation: Conversation) -> str:
+    """Return what a conversation holds of its next answer: a last assistant message, stripped as rendered."""
+    last = conversation.messages[-1]
+    if last.role == "user":
+        return ""
+    return "".join(part.text for part in last.parts if isinstance(part, Text)).strip()
 
 
 def _sources(images: Source | Sequence[Source]) -> list[Source]:

@@ -110,6 +110,12 @@ CONVERSATIONS = [
     Case("data URL without comma", lambda: data_url("data:image/png;base64"), "needs a comma"),
     Case("data URL that is no base64", lambda: data_url("data:image/png;base64,%%%"), "base64"),
     Case("data URL with half a picture", lambda: data_url(f"data:image/png;base64,{HALF}"), "truncated"),
+    Case("data URL with a lone surrogate", lambda: data_url("data:image/png;base64,\ud800"), "base64"),
+    Case(
+        "path with a lone surrogate", lambda: user("hi", images=["\ud800.png"]), r"\ud800.png: no file name"
+    ),
+    Case("path of two lines", lambda: user("hi", images=["a\nb.png"]), r"a\nb.png: there is no such file"),
+    Case("text with a lone surrogate", lambda: "a \ud800", r"the lone surrogate '\ud800'"),
     Case("ftp", lambda: data_url("ftp://example.org/a.png"), "not supported"),
     Case("file URL", lambda: data_url("file:///etc/passwd"), "not supported"),
 ]
@@ -142,6 +148,17 @@ def garbled(folder: Path) -> Path:
     return folder / "garbled.png"
 
 
+def closed(folder: Path) -> Image.Image:
+    with Image.open(PICTURE) as image:
+        return image
+
+
+def unshowable(folder: Path) -> Image.Image:
+    image = Image.new("RGB", (4, 4))
+    image.info["transparency"] = "none"
+    return image
+
+
 PICTURES = [
     Case("missing file", lambda folder: folder / "nowhere.png", "nowhere.png: there is no such file"),
     Case("missing file as string", lambda folder: "nowhere.png", "nowhere.png: there is no such file"),
@@ -156,6 +173,8 @@ PICTURES = [
     Case("smaller bomb", lambda folder: png(12000, 12000), "decompression bomb"),
     Case("zero byte in the path", lambda folder: "a\0.png", "zero byte"),
     Case("number", lambda folder: [5], "not int"),
+    Case("closed", closed, "its file was closed before"),
+    Case("a mode that cannot be shown", unshowable, "cannot be converted to RGB"),
     Case("NaN grey", lambda folder: Image.fromarray(np.full((4, 4), np.nan, np.float32)), "nan"),
     Case("second of two", lambda folder: [PICTURE, folder / "no.png"], "picture 2: picture "),
 ]
@@ -245,6 +264,9 @@ CHECKPOINTS = [
     Case("a file", lambda folder: PICTURE, "is a file"),
     Case("empty folder", lambda folder: folder, "config.json"),
     Case("no name", lambda folder: "no such name", "there is no folder 'no such name'"),
+    Case("a number", lambda folder: 5, "not 5"),
+    Case("nothing", lambda folder: "", "not ''"),
+    Case("too long a name", lambda folder: "x" * 5000, "there is no folder 'xxx"),
     Case("config missing", edit_file("config.json", lambda data: None), "config.json"),
     Case("config cut", edit_file("config.json", lambda data: data[:100]), "config.json"),
     Case("config a list", edit_file("config.json", lambda data: b"[]"), "config.json"),
@@ -253,6 +275,22 @@ CHECKPOINTS = [
     Case("no language model", edit_config(lambda c: c.pop("language_config")), "language_config"),
     Case(
         "width that fits no heads", edit_config(lambda c: c["language_config"].update(hidden_size=81)), "81"
+    ),
+    Case("no heads", edit_config(lambda c: c["vision_config"]["params"].update(heads=0)), "heads 0 must be"),  # type: ignore[attr-defined]
+    Case(
+        "no key-value heads",
+        edit_config(lambda c: c["language_config"].update(num_key_value_heads=0)),
+        "kv_heads 0 must be",
+    ),
+    Case(
+        "negative width",
+        edit_config(lambda c: c["vision_config"]["params"].update(mlp_ratio=-1)),  # type: ignore[attr-defined]
+        "mlp_width -",
+    ),
+    Case(
+        "NaN in the config",
+        edit_config(lambda c: c["language_config"].update(rms_norm_eps=math.nan)),
+        "rms_norm_eps is NaN, expected a finite number",
     ),
     Case("unknown tower", edit_config(lambda c: c["vision_config"].update(cls="Eye")), "Eye"),
     Case("unknown key", edit_config(lambda c: c["language_config"].update(rope_magic=3)), "rope_magic"),
@@ -291,6 +329,11 @@ def test_checkpoints(tmp_path: Path, case: Case) -> None:
 
 
 LOADING = [
+    Case("no device", lambda: {"device": None}, "device None"),
+    Case("device without numbers", lambda: {"device": "meta"}, "device 'meta'"),
+    Case("dtype a list", lambda: {"dtype": ["float32"]}, "dtype ['float32']"),
+    Case("max_tokens text", lambda: {"max_tokens": "5"}, "max_tokens '5'"),
+    Case("max_tokens a fraction", lambda: {"max_tokens": 2.5}, "max_tokens 2.5"),
     Case("device", lambda: {"device": "abacus"}, "device 'abacus'"),
     Case("device number", lambda: {"device": "cuda:99"}, "cuda:99"),
     Case("dtype", lambda: {"dtype": "int3"}, "dtype 'int3'"),
@@ -314,6 +357,9 @@ CALLS = [
     Case("ask without a question", lambda vlm: vlm.ask(PICTURE, None), "question must be a string"),
     Case("ask with an empty question and no picture", lambda vlm: vlm.ask([], ""), "empty"),
     Case("batch of one conversation", lambda vlm: vlm.batch("hi"), "list of conversations"),
+    Case("batch of nothing", lambda vlm: vlm.batch(None), "list of conversations, not NoneType"),
+    Case("score of no list", lambda vlm: vlm.score("hi", None), "list of continuations, not NoneType"),
+    Case("score of a number", lambda vlm: vlm.score("hi", ["A", 5]), "continuation 2 of 2 must be a string"),
     Case("batch with a bad one", lambda vlm: vlm.batch(["a", [], "b"]), "conversation 2 of 3: "),
     Case("score of a string", lambda vlm: vlm.score("hi", "A"), "list of continuations"),
     Case("score of nothing to say", lambda vlm: vlm.score("hi", ["A", ""]), "continuation 2 of 2"),

@@ -50,15 +50,23 @@ def test_dtypes_by_name_and_by_value() -> None:
     cpu = torch.device("cpu")
     assert runtime.select_dtype("float16", device=cpu, parameters=1) == torch.float16
     assert runtime.select_dtype(torch.bfloat16, device=cpu, parameters=1) == torch.bfloat16
-    for wrong in ("int8", torch.int8):
+    for wrong in ("int8", torch.int8, ["int8"]):
         with pytest.raises(SeekVLError, match="int8"):
-            runtime.select_dtype(wrong, device=cpu, parameters=1)
+            runtime.select_dtype(wrong, device=cpu, parameters=1)  # type: ignore[arg-type]
 
 
 def test_devices_that_do_not_exist_are_refused() -> None:
     assert runtime.select_device("cpu") == torch.device("cpu")
     with pytest.raises(SeekVLError, match="not a torch device"):
         runtime.select_device("gpu0")
+    with pytest.raises(SeekVLError, match="not a torch device"):
+        runtime.select_device(None)  # type: ignore[arg-type]
+    for elsewhere in ("meta", "xla"):
+        with pytest.raises(SeekVLError, match="none that seekvl computes on"):
+            runtime.select_device(elsewhere)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(SeekVLError, match="sees no MPS here"):
+            runtime.select_device("mps")
     if not torch.cuda.is_available():
         with pytest.raises(SeekVLError, match="sees no CUDA"):
             runtime.select_device("cuda")

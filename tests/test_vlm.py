@@ -182,6 +182,35 @@ def test_boxes_are_read_from_the_text() -> None:
         assert box == seekvl.Box("the cup", 10, 20, 30, 40, image)
 
 
+@pytest.mark.parametrize("end", [0, 7, 25, 36, 48, 60, 62])
+def test_boxes_of_an_answer_that_was_begun(end: int) -> None:
+    """Those that end in the answer count, the open one with what stands in front; whole ones do not."""
+    whole = "<|ref|>the cup<|/ref|><|det|>[[10, 20, 30, 40], [50, 60, 70, 80]]<|/det|>"
+    completion = Completion(
+        token_ids=(1,),
+        text=whole[end:],
+        begun=whole[:end],
+        pictures=1,
+        finish_reason="stop",
+        usage=Usage(prompt_tokens=1, image_tokens=0, completion_tokens=1, cached_tokens=0),
+        timings=Timings(preprocess=0, vision=0, prefill=0, decode=0),
+    )
+    boxes = [seekvl.Box("the cup", 10, 20, 30, 40), seekvl.Box("the cup", 50, 60, 70, 80)]
+    assert vlm_module.answer_of(completion).boxes == boxes[whole[:end].count("]") :]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_begun_box_is_finished_and_given(vlm: seekvl.VLM, together: bool) -> None:
+    begun = "A cup <|ref|>the cup<|/ref|><|det|>[[10, 20, 30, 40], [123, 45,"
+    messages = [*shown(PICTURE), {"role": "assistant", "content": f"{begun} "}]
+    params: dict[str, Any] = {"max_new_tokens": 40, "constrain": "boxes"}
+    answer = vlm.batch([messages], **params)[0] if together else vlm.chat(messages, **params)
+    boxes = grounding.parse_boxes(begun + answer.text, strict=True)
+    assert answer.boxes == boxes[1:]
+    assert answer.boxes[0].corners[:2] == (123, 45)
+    assert answer.boxes[0].label == "the cup"
+
+
 def test_a_session_equals_the_whole_conversation_each_time(vlm: seekvl.VLM) -> None:
     session, messages = vlm.session(), shown(PICTURE, text="What is this?")
     params = SamplingParams(max_new_tokens=8)

@@ -12,6 +12,7 @@ import typer
 from seekvl.cli import options
 from seekvl.cli.show import Readable, Size, answer_json, box_lines, print_costs, upright
 from seekvl.engine.choices import Constrain
+from seekvl.processing.choices import Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -128,7 +129,7 @@ def _check_call(names: Sequence[str], question: str, *, draw: Path | None, boxes
         raise typer.BadParameter(f"the folder {draw.parent} does not exist", param_hint="--draw")
 
 
-def _open(names: Sequence[str], *, preprocessing: str) -> list["Image.Image"]:
+def _open(names: Sequence[str], *, preprocessing: Preprocessing) -> list["Image.Image"]:
     """Open the pictures, so that a bad one is known before the model is loaded."""
     from seekvl.processing.picture import open_picture
     from seekvl.runtime import SeekVLError
@@ -137,7 +138,7 @@ def _open(names: Sequence[str], *, preprocessing: str) -> list["Image.Image"]:
     for number, name in enumerate(names, start=1):
         source: Source = sys.stdin.buffer.read() if name == "-" else name
         try:
-            picture = open_picture(source)
+            picture = open_picture(source, mode=preprocessing)
         except SeekVLError as error:
             where = "stdin" if name == "-" else f"picture {number} of {len(names)}"
             raise SeekVLError(f"{where}: {error}") from error
@@ -159,7 +160,8 @@ def _answer(
 
     live = show and sys.stdout.isatty()
     readable, whole, completion = Readable(), "", None
-    for piece in vlm.session(system=system).stream(question, images=images, params=params):
+    pieces = vlm.session(system=system).stream(question, images=images, params=params)
+    for piece in options.awaited(pieces):
         completion = piece.completion
         text = readable.push(piece.text)
         whole += text

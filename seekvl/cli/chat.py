@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import typer
 
 from seekvl.cli import options
 from seekvl.cli.show import Readable, box_lines, upright
+from seekvl.processing.choices import Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -154,7 +156,7 @@ class Talk:
         readable, completion = Readable(), None
         with _first_interrupt() as interrupted:
             pieces = self.session.stream(question, images=pictures, params=self.params, cancel=interrupted)
-            for piece in pieces:
+            for piece in options.awaited(pieces):
                 completion = piece.completion
                 typer.echo(readable.push(piece.text), nl=False)
         typer.echo(readable.finish())
@@ -177,7 +179,8 @@ class Talk:
             raise SeekVLError("/image needs the path of a picture")
         local = "://" not in name and not name.startswith("data:")
         source = _path(name) if local else name
-        picture = upright(open_picture(source), preprocessing=self.vlm.processor.preprocessing)
+        mode = self.vlm.processor.preprocessing
+        picture = upright(open_picture(source, mode=mode), preprocessing=mode)
         self.waiting.append((str(source.resolve()) if isinstance(source, Path) else source, picture))
         typer.echo(
             f"picture {len(self.waiting)} for the next message: {picture.width}x{picture.height} px", err=True
@@ -204,8 +207,9 @@ class Talk:
         messages = [_as_json(message) for message in self.turns]
         if self.session.system is not None:
             messages.insert(0, {"role": "system", "content": self.session.system})
+        text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
         with atomic_file(_path(name)) as part:
-            part.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")  # no UTF-8: an escape of JSON
         typer.echo(f"saved {len(self.turns)} messages in {name}", err=True)
 
     def load(self, name: str) -> None:
@@ -213,6 +217,7 @@ class Talk:
         conversation = _read(name)
         mode = self.vlm.processor.preprocessing
         opened = tuple(_with_pixels(message, preprocessing=mode) for message in conversation.messages)
+        self.vlm.processor.tokens(replace(conversation, messages=opened))  # raises for what cannot be encoded
         self.session.reset()
         self.session.system, self.session.messages = conversation.system, opened
         self.turns, self.waiting = conversation.messages, []
@@ -232,7 +237,7 @@ def _read(name: str) -> "Conversation":
         raise SeekVLError("/load needs the name of a file")
     try:
         messages = json.loads(_path(name).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise SeekVLError(f"{name} is no JSON: {error}") from error
     conversation = parse_messages(messages)
     if conversation.messages[-1].role != "assistant":
@@ -250,15 +255,20 @@ def _path(name: str) -> Path:
 
 
 def _as_json(message: "Message") -> dict[str, object]:
-    """Write a message as content parts."""
-    from seekvl.processing.conversation import Text
+    """Write a message as content parts, or in the official form where its specials act as such."""
+    from seekvl.processing.conversation import PLACEHOLDER, Text
 
+    if message.control:
+        words = [part.text if isinstance(part, Text) else PLACEHOLDER for part in message.parts]
+        images = [str(picture.source) for picture in message.pictures]
+        return {"role": message.role.capitalize(), "content": "".join(words), "images": images}
     parts: list[dict[str, str]] = []
     for part in message.parts:
         if isinstance(part, Text):
             parts.append({"type": "text", "text": part.text})
         else:
-            parts.append({"type": "image", "image": str(part.source)})
+            detail = {} if part.detail == "auto" else {"detail": part.detail}
+            parts.append({"type": "image", "image": str(part.source), **detail})
     return {"role": message.role, "content": parts}
 
 
@@ -270,15 +280,15 @@ def _pixels(message: "Message") -> list["Image.Image"]:
     return [source for source in sources if isinstance(source, Image.Image)]
 
 
-def _with_pixels(message: "Message", *, preprocessing: str) -> "Message":
+def _with_pixels(message: "Message", *, preprocessing: Preprocessing) -> "Message":
     """Open the pictures of a message, as the session keeps them."""
-    from dataclasses import replace
-
     from seekvl.processing.conversation import Picture
     from seekvl.processing.picture import open_picture
 
     parts = tuple(
-        replace(part, source=upright(open_picture(part.source), preprocessing=preprocessing))
+        replace(
+            part, source=upright(open_picture(part.source, mode=preprocessing), preprocessing=preprocessing)
+        )
         if isinstance(part, Picture)
         else part
         for part in message.parts

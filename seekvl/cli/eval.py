@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from seekvl.processing.conversation import Conversation
     from seekvl.vlm import VLM
 
-app = typer.Typer(no_args_is_help=True)
-
 EXAMPLE = "Example: seekvl eval nano --n 200 --kinds colour,count --out accuracy.json"
+
+app = typer.Typer(no_args_is_help=True, epilog=EXAMPLE)
 
 BATCH = 16
 """Questions answered together."""

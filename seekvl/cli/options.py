@@ -3,14 +3,17 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
+
+from seekvl.processing import choices
 
 if TYPE_CHECKING:
     from seekvl.vlm import VLM
 
 NANO = "seekvl-nano"
+Awaited = TypeVar("Awaited")
 
 Model = Annotated[
     str,
@@ -22,7 +25,7 @@ Dtype = Annotated[
     typer.Option(help="Numbers to compute in; auto suits device and size."),
 ]
 Preprocessing = Annotated[
-    Literal["seekvl", "official", "transformers"],
+    choices.Preprocessing,
     typer.Option(
         help="How pictures become pixels: seekvl (official numerics, EXIF orientation and transparency "
         "respected), official (the reference bit for bit), transformers."
@@ -40,7 +43,11 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; m
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens with this probability in all.")]
 TopK = Annotated[int | None, typer.Option(help="Draw among this many likeliest tokens; all by default.")]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1 makes tokens of the answer less likely to come again.")
+    float,
+    typer.Option(
+        help="Above 1 makes tokens of the answer, for DeepSeek-VL2 of the prompt, too, less likely to come "
+        "again; 0.001 to 1000."
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")]
@@ -61,6 +68,15 @@ def waiting_line(text: str) -> Iterator[None]:
     finally:
         if live:
             typer.echo("\r\033[K", err=True, nl=False)
+
+
+def awaited(pieces: Iterator[Awaited]) -> Iterator[Awaited]:
+    """Pass pieces on; a terminal is told while the first is waited for, when pictures and prompt are read."""
+    with waiting_line("reading the prompt"):
+        first = next(pieces, None)
+    if first is not None:
+        yield first
+    yield from pieces
 
 
 def load_vlm(

@@ -13,7 +13,9 @@ from seekvl.cli import options
 if TYPE_CHECKING:
     from seekvl.recipes.nano_build import Build
 
-app = typer.Typer(no_args_is_help=True)
+EXAMPLE = "Example: seekvl train nano --out runs/nano --workers 2"
+
+app = typer.Typer(no_args_is_help=True, epilog=EXAMPLE)
 
 Out = Annotated[
     Path, typer.Option(metavar="DIR", file_okay=False, help="Folder for checkpoints, logs and the model.")
@@ -34,7 +36,7 @@ def train() -> None:
     """Train a model from nothing."""
 
 
-@app.command("nano", epilog="Example: seekvl train nano --out runs/nano --workers 2")
+@app.command("nano", epilog=EXAMPLE)
 def nano(
     *,
     out: Out,

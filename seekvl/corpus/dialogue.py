@@ -14,6 +14,8 @@ from seekvl.processing.grounding import TOP, format_box
 from seekvl.runtime import SeekVLError, seed_for
 
 SOURCE = "nano-text"
+NAME = "seekvl-nano"
+"""Who speaks, unless a recipe says otherwise."""
 
 SIDES = {
     "triangle": "3",
@@ -49,7 +51,7 @@ OPPOSITES = tuple(
 TALK = (
     (
         ("Who are you?", "What are you?", "What is your name?"),
-        "I am seekvl-nano, a tiny vision-language model.",
+        "I am {name}, a tiny vision-language model.",
     ),
     (("Hello!", "Hi!", "Good morning!", "Hello there."), "Hello! Show me a picture and ask about it."),
     (("Thank you.", "Thanks!", "Thank you very much."), "You are welcome."),
@@ -76,10 +78,13 @@ class Line:
     """What the assistant says."""
 
 
-def text_sample(seed: int, index: int, *, kind: str | None = None, turns: int = 4) -> Sample:
+def text_sample(
+    seed: int, index: int, *, kind: str | None = None, turns: int = 4, name: str = NAME
+) -> Sample:
     """Make a dialogue of one to `turns` turns about words, numbers, colours or boxes.
 
-    kind keeps to one of `DIALOGUES`. Raises SeekVLError for an unknown kind, an index below 0, no turn.
+    kind keeps to one of `DIALOGUES`. name is what the model calls itself; nothing else depends on it. Raises
+    SeekVLError for an unknown kind, an index below 0, no turn.
     """
     if kind is not None and kind not in DIALOGUES:
         raise SeekVLError(f"kind {kind!r} is not known; use one of {', '.join(DIALOGUES)}")
@@ -88,7 +93,8 @@ def text_sample(seed: int, index: int, *, kind: str | None = None, turns: int = 
     rng = random.Random(seed_for(seed, SOURCE, kind or "", index))
     messages = []
     for _ in range(rng.randint(1, turns)):
-        line = DIALOGUES[kind or rng.choice(tuple(DIALOGUES))](rng)
+        drawn = kind or rng.choice(tuple(DIALOGUES))
+        line = talk(rng, name=name) if drawn == "talk" else DIALOGUES[drawn](rng)
         messages += [Message("user", (Text(line.question),)), Message("assistant", (Text(line.answer),))]
     return Sample(
         id=f"text-{seed}-{index}" + (f"-{kind}" if kind else ""),
@@ -285,10 +291,10 @@ def corners(rng: random.Random) -> Line:
     return Line(f"What is the {what} of {_det(box)}?", str(answer))
 
 
-def talk(rng: random.Random) -> Line:
-    """Make polite small talk."""
+def talk(rng: random.Random, *, name: str = NAME) -> Line:
+    """Make polite small talk, with a model of this name."""
     asked, answer = rng.choice(TALK)
-    return Line(rng.choice(asked), answer)
+    return Line(rng.choice(asked), answer.format(name=name))
 
 
 DIALOGUES: dict[str, Callable[[random.Random], Line]] = {

@@ -318,24 +318,43 @@ class Constraint:
 
 
 def constraint_for(
-    constrain: Constrain | None, tokenizer: Tokenizer, *, end_id: int, room: int
+    constrain: Constrain | None, tokenizer: Tokenizer, *, end_id: int, room: int, begun: str = ""
 ) -> Constraint | None:
     """Make the constraint that `SamplingParams.constrain` names; None for None. `room`: tokens of the answer.
 
-    Raises SeekVLError when a vocabulary cannot spell boxes, and when there is no room for the box to start
-    with.
+    begun: what the prompt holds of the answer already. A box that is open there is gone on with.
+
+    Raises SeekVLError when a vocabulary cannot spell boxes, when `begun` holds a malformed one, and when
+    there is no room for the box to start or go on with.
     """
     if constrain is None:
         return None
     vocabulary = _vocabulary(tokenizer)
-    state = State("start") if constrain == "box_first" else TEXT
+    state = _after(begun)
+    if constrain == "box_first" and state.place == "text":
+        state = State("start")
     least = vocabulary.to_close(state)
     if room < least:
         raise SeekVLError(
-            f"an answer that starts with a box takes at least {least} tokens and has room for {room}; "
-            "raise max_new_tokens or shorten the prompt"
+            f"an answer that starts with a box, or goes on with one, takes at least {least} tokens and has "
+            f"room for {room}; raise max_new_tokens or shorten the prompt"
         )
     return Constraint(vocabulary, state=state, end_id=end_id, room=room)
+
+
+def _after(begun: str) -> State:
+    """Return the state after what an answer begins with."""
+    state: State | None = TEXT
+    for place, byte in enumerate(begun.encode()):
+        state = None if state is None else advance(state, byte)
+        if state is None:
+            spoiled = begun.encode()[max(place - 24, 0) : place + 1].decode(errors="replace")
+            raise SeekVLError(
+                f"the answer is begun with a box that is not well-formed, at the end of {spoiled!r}: "
+                "mend it, or go without constrain"
+            )
+    assert state is not None
+    return state
 
 
 @lru_cache(maxsize=4)

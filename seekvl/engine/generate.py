@@ -71,6 +71,7 @@ class Row:
             token_ids=tuple(ids),
             text=self.reply.text,
             pictures=len(bill.image_tokens),
+            begun=self.request.begun,
             finish_reason="stop" if self.reply.stopped else reason,
             usage=Usage(
                 prompt_tokens=bill.total,
@@ -127,7 +128,7 @@ def _start(model: AnyVL, tokenizer: Tokenizer, request: Request) -> Row:
     params = request.params
     end_id = tokenizer.eos_id if request.end_id is None else request.end_id
     room = min(params.max_new_tokens, limit - prompt)
-    constraint = constraint_for(params.constrain, tokenizer, end_id=end_id, room=room)
+    constraint = constraint_for(params.constrain, tokenizer, end_id=end_id, room=room, begun=request.begun)
     return Row(
         request=request,
         reply=Reply(tokenizer.stream(), stops=params.stops, strip=request.strip),

@@ -10,6 +10,9 @@ from seekvl.runtime import SeekVLError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
+PENALTIES = (0.001, 1000.0)
+"""Least and greatest repetition penalty: far beyond what anybody means, and no logit overflows by them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -52,9 +55,11 @@ class SamplingParams:
             )
         if not 0 < self.top_p <= 1:
             raise SeekVLError(f"top_p {self.top_p} is outside of 0 < top_p <= 1; 1 keeps every token")
-        if self.repetition_penalty <= 0:
+        least, most = PENALTIES
+        if not least <= self.repetition_penalty <= most:
             raise SeekVLError(
-                f"repetition_penalty {self.repetition_penalty} must be above 0; 1 changes nothing"
+                f"repetition_penalty {self.repetition_penalty} is outside of {least}..{most}; "
+                "1 changes nothing"
             )
         if self.top_k is not None:
             _whole("top_k", self.top_k, least=1)
@@ -101,6 +106,8 @@ class Request:
 
     Prompts end in "Assistant:", so answers begin with a space. False where the prompt ends inside an answer.
     """
+    begun: str = ""
+    """What the prompt holds of the answer already; a box that is open there is gone on with."""
     penalise_prompt: bool = False
     """Whether the repetition penalty counts the tokens of the prompt too, the image token among them, as the
     reference does for DeepSeek-VL2.
@@ -148,6 +155,8 @@ class Completion:
     """Decoded, without specials of the template, cut before a stop string; see `Request.strip`."""
     pictures: int
     """Pictures in the prompt."""
+    begun: str = ""
+    """What the prompt held of the answer already; not in `text`."""
     finish_reason: FinishReason
     """"stop": end token or stop string; "length": `max_new_tokens`, or the model's longest sequence;
     "cancelled".

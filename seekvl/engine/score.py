@@ -92,7 +92,7 @@ def prompt_logits(model: AnyVL, inputs: ModelInput, *, chunk: int | None = None)
         )
     weight = model.language.embed_tokens.weight
     cache = KVCache(model.config.language, rows=1, device=weight.device, dtype=weight.dtype)
-    logits = torch.empty(length, model.config.language.vocab_size)
+    logits = torch.empty(length, model.config.language.vocab_size, dtype=torch.float32)
     done = 0
     for hidden in prefill_hidden(model, embed_prompt(model, inputs), cache=cache, row=0, chunk=chunk):
         for begin in range(0, hidden.shape[1], HEAD_ROWS):

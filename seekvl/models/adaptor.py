@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seekvl.runtime import SeekVLError
+from seekvl.runtime import SeekVLError, check_positive
 
 AdaptorKind = Literal[
     "identity", "linear", "mlp_gelu", "low_high_hybrid_split_mlp_gelu", "downsample_mlp_gelu"
@@ -61,8 +61,7 @@ class AdaptorConfig:
             raise SeekVLError(
                 f"adaptor kind {self.kind!r} is unknown; known are {', '.join(get_args(AdaptorKind))}"
             )
-        if self.depth < 1:
-            raise SeekVLError(f"adaptor depth {self.depth} is below 1")
+        check_positive("adaptor", self)
         if self.kind == "identity" and self.input_width != self.width:
             raise SeekVLError(f"an identity adaptor cannot turn width {self.input_width} into {self.width}")
         if self.is_hybrid and self.width % 2:
@@ -71,10 +70,6 @@ class AdaptorConfig:
             )
         if self.is_hybrid and self.token_pooling:
             raise SeekVLError("a hybrid adaptor has no token pooling")
-        if self.downsample < 1 or self.mlp_ratio < 1:
-            raise SeekVLError(
-                f"adaptor downsample {self.downsample} and mlp_ratio {self.mlp_ratio} must be at least 1"
-            )
         if self.kind == "downsample_mlp_gelu" and self.depth < 2:
             raise SeekVLError(
                 f"adaptor {self.kind!r} has an entry and an exit, depth {self.depth} is below 2"

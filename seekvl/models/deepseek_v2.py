@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seekvl.models.llama import Attention, CacheShape, LayerCache, Mlp, RmsNorm, check_heads, rotary_table
 from seekvl.models.mla import Mla, MlaConfig
 from seekvl.models.moe import Moe, MoeConfig, RouterRecord
-from seekvl.runtime import SeekVLError
+from seekvl.runtime import SeekVLError, check_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,17 +44,13 @@ class DeepseekV2Config:
     """After those, layers whose index this divides have experts."""
 
     def __post_init__(self) -> None:
+        check_positive("DeepSeek-V2", self, or_zero=("dense_first",))
         if self.mla is None:
             check_heads("DeepSeek-V2", width=self.width, heads=self.heads, kv_heads=self.kv_heads)
         elif self.kv_heads != self.heads:
             raise SeekVLError(
                 f"DeepSeek-V2: latent attention gives each of the {self.heads} heads its own key and value, "
                 f"kv_heads {self.kv_heads} cannot be"
-            )
-        if self.moe_every < 1 or self.dense_first < 0:
-            raise SeekVLError(
-                f"DeepSeek-V2: moe_every {self.moe_every} must be at least 1 and dense_first "
-                f"{self.dense_first} at least 0"
             )
 
     @property

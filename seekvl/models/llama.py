@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seekvl.models.attention import attend
-from seekvl.runtime import SeekVLError
+from seekvl.runtime import SeekVLError, check_positive
 
 
 def check_heads(name: str, *, width: int, heads: int, kv_heads: int) -> None:
@@ -52,6 +52,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        check_positive("LLaMA", self)
         check_heads("LLaMA", width=self.width, heads=self.heads, kv_heads=self.kv_heads)
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from seekvl.models.attention import attend
 from seekvl.models.llama import LayerCache, RmsNorm, rotate
-from seekvl.runtime import SeekVLError
+from seekvl.runtime import SeekVLError, check_positive
 
 NORM_EPS = 1e-6
 """Epsilon of the norm of the latent; the published weights need this one whatever the config says of the
@@ -42,9 +42,7 @@ class MlaConfig:
     """Channels w of a head's value."""
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            if getattr(self, name) < 1:
-                raise SeekVLError(f"MLA {name} {getattr(self, name)} is below 1")
+        check_positive("MLA", self)
         if self.rope_width % 2:
             raise SeekVLError(f"MLA rope_width {self.rope_width} is odd; rotary positions need an even width")
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seekvl.models.llama import Mlp
-from seekvl.runtime import SeekVLError
+from seekvl.runtime import SeekVLError, check_positive
 
 Scoring = Literal["softmax", "sigmoid"]
 Choice = Literal["greedy", "group_limited", "noaux_tc"]
@@ -65,6 +65,7 @@ class MoeConfig:
     """Whether balance is asked of every sequence alone or of the batch as a whole."""
 
     def __post_init__(self) -> None:
+        check_positive("MoE", self, or_zero=("shared", "aux_alpha"))
         for name, kinds in (("scoring", get_args(Scoring)), ("choice", get_args(Choice))):
             if getattr(self, name) not in kinds:
                 raise SeekVLError(

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seekvl.models.siglip import Mlp, Rgb, normalise
-from seekvl.runtime import SeekVLError
+from seekvl.runtime import SeekVLError, check_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +49,9 @@ class SamConfig:
     pixel_std: Rgb | None = None
 
     def __post_init__(self) -> None:
+        check_positive("SAM", self)
+        if min(self.downsample_channels) < 1:
+            raise SeekVLError(f"SAM downsample_channels {self.downsample_channels} must be at least 1")
         if self.width % self.heads:
             raise SeekVLError(f"SAM width {self.width} is not divisible by its {self.heads} heads")
         if self.image_size % self.patch_size:

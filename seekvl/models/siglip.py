@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seekvl.models.attention import attend
-from seekvl.runtime import SeekVLError
+from seekvl.runtime import SeekVLError, check_positive
 
 Gelu = Literal["erf", "tanh"]
 Rgb = tuple[float, float, float]
@@ -43,6 +43,7 @@ class SiglipConfig:
     pixel_std: Rgb | None = None
 
     def __post_init__(self) -> None:
+        check_positive("SigLIP", self)
         if self.width % self.heads:
             raise SeekVLError(f"SigLIP width {self.width} is not divisible by its {self.heads} heads")
         if self.image_size < self.patch_size:

@@ -32,9 +32,13 @@ PICTURE_KEYS = {"image": ("image", "url", "path"), "image_url": ("image_url",)}
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A stretch of words."""
+    """A stretch of words. Raises SeekVLError for what is no string."""
 
     text: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise SeekVLError(f"the words of a message are a string, not {_kind(self.text)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,17 @@ Part: TypeAlias = Text | Picture
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one side says in one turn."""
+    """What one side says in one turn. Raises SeekVLError for parts that are neither Text nor Picture."""
 
     role: Role
     parts: tuple[Part, ...]
     control: bool = False
     """True: special tokens written in the text act as such. False: the text is data, whatever it says."""
+
+    def __post_init__(self) -> None:
+        wrong = [part for part in self.parts if not isinstance(part, Text | Picture)]
+        if wrong:
+            raise SeekVLError(f"the parts of a message are Text and Picture, not {_kind(wrong[0])}")
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -93,7 +102,13 @@ class Conversation:
     def __post_init__(self) -> None:
         if not self.messages:
             raise SeekVLError("the conversation is empty: it needs at least one user message")
+        if self.system is not None and not isinstance(self.system, str):
+            raise SeekVLError(f"the system prompt is a string or None, not {_kind(self.system)}")
         for index, message in enumerate(self.messages):
+            if not isinstance(message, Message):
+                raise SeekVLError(
+                    f"turn {index + 1} is {_kind(message)}: give a Message, or use parse_messages"
+                )
             _check_turn(message, index=index)
 
     @property
@@ -133,8 +148,8 @@ def parse_messages(messages: Sequence[Mapping[str, object]] | Conversation | str
     <|User|> and <|Assistant|>) has `<image_placeholder>` or `<image>` where its pictures stand, or none and
     the pictures in front; a last assistant message without content asks for the answer, as leaving it out
     does. DeepSeek-VL2 takes plain roles for official ones: a string with an `"images"` list and as many
-    `<image>` has them there. An image part, or the mapping of an `image_url`, may say
-    `"detail": "auto" | "low" | "high"`.
+    `<image>` has them there, with no line end that is not written. An image part, or the mapping of an
+    `image_url`, may say `"detail": "auto" | "low" | "high"`.
 
     Raises SeekVLError naming the message and what is wrong with it.
 
@@ -199,7 +214,9 @@ def _read_message(message: object, *, place: str) -> Message:
                 known, _split_placeholders(content, pictures, place=place, role=role), control=True
             )
         if pictures and content.count(SHORT_PLACEHOLDER) == len(pictures):
-            return Message(PLAIN_ROLES[role], _interleave(content.split(SHORT_PLACEHOLDER), pictures))
+            placed = _interleave(content.split(SHORT_PLACEHOLDER), pictures)
+            front = (Text(""),) if isinstance(placed[0], Picture) else ()  # words in front: no line is ended
+            return Message(PLAIN_ROLES[role], (*front, *placed))
         return Message(PLAIN_ROLES[role], (*pictures, Text(content)))
     if isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
         if pictures:

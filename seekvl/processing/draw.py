@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from seekvl.processing.boxes import Box
 from seekvl.processing.fonts import Font, font_for
+from seekvl.processing.pad_image import to_rgb
 from seekvl.runtime import log
 
 Colour: TypeAlias = tuple[int, int, int]
@@ -39,6 +40,7 @@ COLOURS: tuple[Colour, ...] = (
 )
 """The first labels have these colours, later ones some of their own."""
 RED: Colour = (255, 0, 0)
+WHITE: Colour = (255, 255, 255)
 
 SMALLEST = 9
 """Px of the smallest letters that are tried when labels find no room."""
@@ -292,8 +294,8 @@ def _thickness(size: tuple[int, int]) -> int:
 
 
 def _copy(image: Image.Image) -> Image.Image:
-    """Make an RGB copy."""
-    canvas = image.convert("RGB")
+    """Make an RGB copy, white where the picture is transparent."""
+    canvas = to_rgb(image, backdrop=WHITE, mode="seekvl")
     return image.copy() if canvas is image else canvas
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from seekvl.processing import pad_image, tile_image
+from seekvl.processing.choices import Preprocessing
 from seekvl.processing.conversation import Conversation, Picture, Source, parse_messages
-from seekvl.processing.pad_image import PadImageConfig, Preprocessing, check_mode, prepare_picture, upright
+from seekvl.processing.pad_image import PadImageConfig, check_mode, prepare_picture, upright
 from seekvl.processing.picture import DEFAULT_LIMITS, PictureLimits, open_picture
 from seekvl.processing.template import Piece, Template, prompt_text, render
 from seekvl.processing.tile_image import (
@@ -27,7 +28,7 @@ from seekvl.processing.tile_image import (
     prepare_tiles,
 )
 from seekvl.processing.tokenizer import Tokenizer
-from seekvl.runtime import SeekVLError
+from seekvl.runtime import SeekVLError, is_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +119,8 @@ class Processor:
         max_tiles: int | None = None,
         limits: PictureLimits = DEFAULT_LIMITS,
     ) -> None:
-        if max_tokens < 1:
-            raise SeekVLError(f"max_tokens must be at least 1, not {max_tokens}")
+        if not is_whole(max_tokens) or max_tokens < 1:
+            raise SeekVLError(f"max_tokens must be a whole number of at least 1, not {max_tokens!r}")
         self.tokenizer = tokenizer
         self.image = image
         self.template = template
@@ -229,12 +230,12 @@ class Processor:
     def _prepare(self, picture: Picture, *, number: int, pictures: int) -> _Seen:
         """Open and prepare one of so many pictures; errors name its number."""
         with _naming(number):
-            image = open_picture(picture.source, limits=self.limits)
+            image = open_picture(picture.source, limits=self.limits, mode=self.preprocessing)
             if isinstance(self.image, TileImageConfig):
                 image, grid = self._plan(image, picture, pictures=pictures, config=self.image)
                 tiles = prepare_tiles(image, self.image, grid=grid, mode=self.preprocessing)
                 return _Seen(tiles.pixels, None, True, tiles.size, grid)
-        padded = prepare_picture(image, self.image, mode=self.preprocessing)
+            padded = prepare_picture(image, self.image, mode=self.preprocessing)
         low = None if padded.low_pixels is None else padded.low_pixels[None]
         return _Seen(padded.pixels[None], low, padded.normalized, padded.size, WHOLE)
 
@@ -245,7 +246,7 @@ class Processor:
         slots = []
         for number, picture in enumerate(pictures, start=1):
             with _naming(number):
-                image = open_picture(picture.source, limits=self.limits)
+                image = open_picture(picture.source, limits=self.limits, mode=self.preprocessing)
                 _, grid = self._plan(image, picture, pictures=len(pictures), config=self.image)
             slots.append(tile_image.visual_tokens(grid, self.image))
         return slots

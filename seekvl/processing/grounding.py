@@ -149,7 +149,8 @@ def strip_marks(text: str) -> str:
     >>> strip_marks("It is <|ref|>the dog<|/ref|><|det|>[[1, 2, 3, 4]]<|/det|>.")
     'It is the dog.'
     """
-    without = re.sub(r"\s*<\|det\|>.*?(<\|/det\|>|$)", "", text, flags=re.DOTALL)
+    # the look behind starts a search at the first of many blanks only: without it their square is searched
+    without = re.sub(r"(?<!\s)\s*<\|det\|>.*?(<\|/det\|>|$)", "", text, flags=re.DOTALL)
     return MARK.sub("", without).strip()
 
 

@@ -5,18 +5,18 @@ Letters: S side of the square in px, s side of the low-resolution square in px.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from seekvl.processing.choices import Preprocessing
 from seekvl.processing.picture import DECODE_ERRORS
 from seekvl.runtime import SeekVLError, log
 
-Preprocessing = Literal["seekvl", "official", "transformers"]
-PREPROCESSING: tuple[Preprocessing, ...] = ("seekvl", "official", "transformers")
+PREPROCESSING: tuple[Preprocessing, ...] = get_args(Preprocessing)
 
 ORIENTATION_TAG = 0x0112  # EXIF 2.3, table 3
 
@@ -200,12 +200,18 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, *, backdrop: tuple[int, int, int], mode: Preprocessing) -> Image.Image:
-    """Convert to RGB, with transparent parts on the colour of the backdrop in mode "seekvl"."""
-    if mode != "seekvl" or not image.has_transparency_data:
-        return image.convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    image = image.convert("RGBA")
+    """Convert to RGB, with transparent parts on the colour of the backdrop in mode "seekvl".
+
+    Raises SeekVLError for a mode of PIL that cannot be converted.
+    """
+    try:
+        if mode != "seekvl" or not image.has_transparency_data:
+            return image.convert("RGB")
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+    except DECODE_ERRORS as error:
+        raise SeekVLError(f"a picture of mode {image.mode} cannot be converted to RGB ({error})") from error
     behind = Image.new("RGBA", image.size, (*backdrop, 255))
     return Image.alpha_composite(behind, image).convert("RGB")
 

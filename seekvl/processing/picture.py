@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from seekvl.processing.choices import Preprocessing
 from seekvl.processing.conversation import Source, not_a_picture
 from seekvl.runtime import SeekVLError
 
@@ -31,6 +32,7 @@ DECODE_ERRORS = (
     EOFError,
     IndexError,
     KeyError,
+    AssertionError,
     OverflowError,
     MemoryError,
     struct.error,
@@ -57,24 +59,33 @@ class PictureLimits:
 DEFAULT_LIMITS = PictureLimits()
 
 
-def open_picture(source: Source, *, limits: PictureLimits = DEFAULT_LIMITS) -> Image.Image:
-    """Open and fully decode a picture; of an animation, the first frame. Greys of 16 and 32 bits become 8.
+def open_picture(
+    source: Source, *, limits: PictureLimits = DEFAULT_LIMITS, mode: Preprocessing = "seekvl"
+) -> Image.Image:
+    """Open and fully decode a picture; of an animation, the first frame, or the one a PIL image is at.
 
-    The EXIF orientation is left as it is, alpha too: what is done with them depends on the preprocessing
-    mode.
+    Greys of 16 and 32 bits become 8 in mode "seekvl"; the other modes leave them to Pillow's conversion,
+    which clips, as the references do. The EXIF orientation is left as it is, alpha too: what is done with
+    them is up to the mode as well.
 
     Raises SeekVLError for a missing file, a bad URL, something that is no picture, a truncated, zero-sized or
     too large picture, and types that are no pictures (for arrays use PIL.Image.fromarray).
     """
+    name = "picture"
     if isinstance(source, Image.Image):
-        return _decode(source, name="picture", limits=limits)
-    if isinstance(source, bytes):
-        return _decode_bytes(source, name=f"picture of {len(source)} bytes", limits=limits)
-    if isinstance(source, Path):
-        return _open_file(source, limits=limits)
-    if isinstance(source, str):
-        return _open_named(source, limits=limits)
-    raise SeekVLError(not_a_picture(source))
+        image = _decode(source, name=name, limits=limits)
+    elif isinstance(source, bytes):
+        name = f"picture of {len(source)} bytes"
+        image = _decode_bytes(source, name=name, limits=limits)
+    elif isinstance(source, Path):
+        name = _short(str(source))
+        image = _open_file(source, limits=limits)
+    elif isinstance(source, str):
+        name = _short(source)
+        image = _open_named(source, limits=limits)
+    else:
+        raise SeekVLError(not_a_picture(source))
+    return _eight_bit(image, name=name) if mode == "seekvl" else image
 
 
 def _open_named(source: str, *, limits: PictureLimits) -> Image.Image:
@@ -105,6 +116,8 @@ def _open_file(path: Path, *, limits: PictureLimits) -> Image.Image:
         raise SeekVLError(
             f"picture {_short(str(path))}: cannot be opened ({error.strerror or error})"
         ) from error
+    except UnicodeEncodeError as error:
+        raise SeekVLError(f"picture {_short(str(path))}: no file name can hold these letters") from error
     with handle:
         return _identify(handle, name=_short(str(path)), limits=limits)
 
@@ -126,6 +139,8 @@ def _identify(handle: BinaryIO, *, name: str, limits: PictureLimits) -> Image.Im
         raise SeekVLError(f"{name}: decompression bomb, refused by Pillow ({error})") from error
     except DECODE_ERRORS as error:
         raise SeekVLError(f"{name}: not a picture in a format that can be read") from error
+    if image.format == "EPS":
+        raise SeekVLError(f"{name}: EPS is a program that draws a picture, and is not run; save it as PNG")
     return _decode(image, name=name, limits=limits)
 
 
@@ -139,15 +154,17 @@ def _decode(image: Image.Image, *, name: str, limits: PictureLimits) -> Image.Im
             f"{name}: decompression bomb? {width}x{height} px are {width * height:,} pixels, above the "
             f"limit of {limits.max_pixels:,}; scale it down or raise PictureLimits.max_pixels"
         )
+    closed = getattr(image, "fp", image) is None  # told by an assertion, unless the pixels are there already
     try:
         image.load()
     except Image.DecompressionBombError as error:
         raise SeekVLError(f"{name}: decompression bomb, refused by Pillow ({error})") from error
     except DECODE_ERRORS as error:
         raise SeekVLError(
-            f"{name}: truncated or damaged, its {width}x{height} px cannot be decoded ({error})"
+            f"{name}: truncated or damaged, its {width}x{height} px cannot be decoded "
+            f"({'its file was closed before' if closed else error})"
         ) from error
-    return _eight_bit(image, name=name)
+    return image
 
 
 def _eight_bit(image: Image.Image, *, name: str) -> Image.Image:
@@ -179,7 +196,7 @@ def _data_url(url: str) -> bytes:
     head, comma, body = url.partition(",")
     if not comma:
         raise SeekVLError(f"picture {_short(url)}: a data: URL needs a comma before its data")
-    raw = urllib.parse.unquote_to_bytes(body)
+    raw = urllib.parse.unquote_to_bytes(body.encode(errors="replace"))  # what is no UTF-8 is no base64 either
     if not head.lower().endswith(";base64"):
         return raw
     try:
@@ -216,7 +233,7 @@ def _fetch(url: str, *, limits: PictureLimits) -> bytes:
     except urllib.error.URLError as error:
         raise SeekVLError(f"picture {_short(url)}: cannot be fetched ({error.reason})") from error
     except (OSError, ValueError, http.client.HTTPException) as error:  # resets, URLs that are none
-        raise SeekVLError(f"picture {_short(url)}: cannot be fetched ({error})") from error
+        raise SeekVLError(f"picture {_short(url)}: cannot be fetched ({_short(str(error))})") from error
     if expected is not None and expected.isdigit() and len(data) < int(expected):
         raise SeekVLError(
             f"picture {_short(url)}: the server sent {len(data)} of {expected} bytes; try again"
@@ -241,5 +258,7 @@ def _web() -> urllib.request.OpenerDirector:
 
 
 def _short(text: str) -> str:
-    """Shorten a name for an error message."""
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} letters)"
+    """Shorten a name for an error message, which is one line of letters that every console prints."""
+    count = len(text)
+    text = text if count <= 120 else f"{text[:100]}... ({count} letters)"
+    return text if text.isprintable() else repr(text)[1:-1]

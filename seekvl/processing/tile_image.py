@@ -19,9 +19,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from seekvl.processing.choices import Preprocessing
 from seekvl.processing.conversation import Detail
-from seekvl.processing.pad_image import Colour, Preprocessing, check_colour, look_up, to_rgb, upright
-from seekvl.runtime import SeekVLError
+from seekvl.processing.pad_image import Colour, check_colour, look_up, to_rgb, upright
+from seekvl.runtime import SeekVLError, is_whole
 
 Grid: TypeAlias = tuple[int, int]
 """Columns and rows of local tiles."""
@@ -161,8 +162,8 @@ def plan_grid(
 
 def check_max_tiles(max_tiles: int | None) -> None:
     """Refuse a bound on tiles that leaves none."""
-    if max_tiles is not None and max_tiles < 1:
-        raise SeekVLError(f"max_tiles must be at least 1, not {max_tiles}")
+    if max_tiles is not None and (not is_whole(max_tiles) or max_tiles < 1):
+        raise SeekVLError(f"max_tiles must be a whole number of at least 1, not {max_tiles!r}")
 
 
 def tile_count(grid: Grid) -> int:

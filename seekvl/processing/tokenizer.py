@@ -128,8 +128,11 @@ class Tokenizer:
         try:
             encoding: Encoding = self._backend.encode(text, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
+            if not isinstance(text, str):
+                raise SeekVLError(f"text must be a string, not {type(text).__name__}") from error
+            alone = next((letter for letter in text if "\ud800" <= letter <= "\udfff"), "")
             raise SeekVLError(
-                f"text cannot be encoded as UTF-8, it holds a lone surrogate ({error})"
+                f"text cannot be encoded as UTF-8, it holds the lone surrogate {alone!r}; take it out"
             ) from error
         return Encoded(encoding.ids, [start for start, _ in encoding.offsets])
 

@@ -212,7 +212,7 @@ def build(start: Build) -> Path:
     initialise(model, seed=start.seed)
     assert isinstance(model.vision, Hybrid)
     warm_up_towers(start, model.vision, stage=encoders(), look=look, draw=corpus.scene)
-    text = TextSource(prepare, start.seed)
+    text = TextSource(prepare, start.seed, NANO)
     learn_to_answer(start, model, stage=language(), lengths=LENGTHS, text=text)
     warm_up_adaptor(start, model, stage=stage1(), look=look, draw=corpus.scene, tokenizer=prepare.tokenizer)
     for stage in (stage2(), stage3()):

@@ -27,7 +27,9 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLOUR_NAMES = tuple(COLOURS)
 FORMS = (*SHAPES, "bar", "sign")
 LETTERS_A_CELL = 2
-"""Letters whose centres may share a cell and are still told apart, left to right."""
+"""Letters whose middles may share a cell and are still told apart, left to right; where there are more, the
+letters of the cell do not count.
+"""
 NONE = -100
 """A label that does not count."""
 
@@ -135,13 +137,24 @@ def cell_labels(scene: Scene, *, view: View) -> tuple[Tensor, Tensor]:
         labels[inside, -len(EDGES) :] = (edges * 10).long().clamp(0, 9)
         if middle is not None:
             labels[(*middle, 2)] = (labels[(*middle, 2)] + 1).clamp(max=2)
-    letters = sorted((item for item in scene.objects if item.kind == "letter"), key=lambda item: item.box[0])
-    for item in letters:
+    for middle, letters in _letters(scene, view=view).items():
+        if len(letters) > LETTERS_A_CELL:
+            labels[middle][3 : 3 + LETTERS_A_CELL] = NONE  # no tower can tell so many apart
+            continue
+        for slot, letter in enumerate(letters):
+            labels[(*middle, 3 + slot)] = ALPHABET.index(letter) + 1
+    return labels.flatten(0, 1), boxes.flatten(0, 1)
+
+
+def _letters(scene: Scene, *, view: View) -> dict[tuple[int, int], list[str]]:
+    """Return the letters whose middle lies in each cell, by row and column, from left to right."""
+    found: dict[tuple[int, int], list[str]] = {}
+    letters = (item for item in scene.objects if item.kind == "letter")
+    for item in sorted(letters, key=lambda item: item.box[0]):
         middle = view.middle(item.box)
         if middle is not None:
-            slots = labels[middle][3 : 3 + LETTERS_A_CELL]
-            slots[int(slots[0] > 0)] = ALPHABET.index(item.shape) + 1
-    return labels.flatten(0, 1), boxes.flatten(0, 1)
+            found.setdefault(middle, []).append(item.shape)
+    return found
 
 
 def _under(view: View, box: Bounds) -> Tensor:

@@ -232,7 +232,7 @@ def build(start: Build) -> Path:
     model.vision.load_state_dict(inherited_tower().state_dict())
     patches = Tiles(IMAGE_CONFIG, MODEL.vision.grid)
     warm_up_towers(start, model.vision, stage=encoders(), look=patches, draw=DRAW_SCENE)
-    text = TextSource(prepare, start.seed)
+    text = TextSource(prepare, start.seed, NANO_MOE)
     learn_to_answer(start, model, stage=language(), lengths=LENGTHS, text=text)
     features = Tiles(IMAGE_CONFIG, MODEL.view_side)
     warm_up_adaptor(start, model, stage=stage1(), look=features, draw=DRAW_SCENE, tokenizer=prepare.tokenizer)

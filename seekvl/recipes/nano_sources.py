@@ -66,10 +66,12 @@ class TextSource:
 
     processor: Processor
     seed: int
+    name: str
+    """What the model calls itself."""
 
     def __call__(self, index: int) -> ModelInput:
         """Return sample `index`, encoded for training."""
-        conversation = corpus.text_sample(self.seed, index).conversation
+        conversation = corpus.text_sample(self.seed, index, name=self.name).conversation
         return weigh_answers(
             self.processor.encode(conversation, train=True), tokenizer=self.processor.tokenizer
         )

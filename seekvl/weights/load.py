@@ -10,10 +10,10 @@ import torch
 from seekvl.models.vl import VLConfig
 from seekvl.models.vl2 import AnyVL, on_meta
 from seekvl.presets import SHORT_NAMES
+from seekvl.processing.choices import Preprocessing
 from seekvl.processing.encode import Processor
-from seekvl.processing.pad_image import Preprocessing
 from seekvl.processing.tokenizer import Tokenizer
-from seekvl.runtime import SeekVLError, select_device, select_dtype
+from seekvl.runtime import SeekVLError, is_whole, select_device, select_dtype
 from seekvl.weights.config import CheckpointConfig, read_config
 from seekvl.weights.key_map import KeyMap
 from seekvl.weights.official import official_map
@@ -159,22 +159,25 @@ def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
 
     What looks like a path and is none is an error, never a download.
     """
-    if name in BUNDLED:
-        return _bundled(str(name))
+    if not isinstance(name, str | os.PathLike) or not str(name):
+        raise SeekVLError(
+            f"a model is named by a folder, a hub id or one of {', '.join(BUNDLED)}, not {name!r}"
+        )
     path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
-    if path.is_dir():
+    bundled = str(name) in BUNDLED and (isinstance(name, str) or not os.path.isdir(path))
+    if bundled or os.path.isdir(path):  # unlike Path.is_dir, it is no error for what is too long for a name
         if revision is not None:
-            raise SeekVLError(
-                f"revision {revision!r} was given for the folder {path}: a folder has one revision"
-            )
-        return path
-    if path.exists():
+            what = f"bundled {name}" if bundled else f"folder {path}"
+            raise SeekVLError(f"revision {revision!r} was given for the {what}, which has only one")
+        return _bundled(str(name)) if bundled else path
+    if os.path.exists(path):
         raise SeekVLError(f"{path} is a file; give the folder that holds config.json and the weights")
     text = SHORT_NAMES.get(str(name), str(name))
-    if isinstance(name, Path) or not HUB_ID.fullmatch(text) or Path(text).parent.exists():
+    if isinstance(name, Path) or not HUB_ID.fullmatch(text) or os.path.exists(Path(text).parent):
         known = ", ".join([*BUNDLED, *SHORT_NAMES])
+        shown = str(name) if len(str(name)) <= 120 else f"{str(name)[:100]}..."
         raise SeekVLError(
-            f"there is no folder {str(name)!r}; give an existing folder, a hub id org/name, or one of {known}"
+            f"there is no folder {shown!r}; give an existing folder, a hub id org/name, or one of {known}"
         )
     return _download(text, revision=revision)
 
@@ -226,6 +229,8 @@ def _limit(config: CheckpointConfig, max_tokens: int | None) -> int:
     if max_tokens is None:
         return config.max_tokens
     positions = config.model.language.max_positions
-    if not 1 <= max_tokens <= positions:
-        raise SeekVLError(f"max_tokens {max_tokens} is outside 1..{positions}, the positions this model has")
+    if not is_whole(max_tokens) or not 1 <= max_tokens <= positions:
+        raise SeekVLError(
+            f"max_tokens {max_tokens!r} is no whole number of 1..{positions}, the positions this model has"
+        )
     return max_tokens

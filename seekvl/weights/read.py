@@ -116,7 +116,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_without_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise SeekVLError(f"{path} has a garbled header: download it again") from error
     except _DuplicateError as error:
         raise SeekVLError(f"{path}: tensor {error} stands twice in the header") from error
@@ -159,9 +159,9 @@ def _stored(path: Path, key: str, value: object, *, start: int) -> StoredTensor:
             raise TypeError(f"{type(value).__name__} instead of an object")
         dtype, shape = value["dtype"], tuple(int(side) for side in value["shape"])
         first, last = (int(offset) for offset in value["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SeekVLError(f"{path}: the header entry of {key!r} is garbled: download it again") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise SeekVLError(f"{path}: tensor {key} is stored as {dtype}; weights are {', '.join(DTYPES)}")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if first < 0 or last - first != expected or any(side < 1 for side in shape):

@@ -3,10 +3,15 @@ error.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 from seekvl.runtime import SeekVLError
+
+LARGEST = 1_000_000_000
+"""No dimension, count or id of a network is above this."""
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -26,6 +31,8 @@ def read_json(path: Path) -> dict[str, object]:
     except json.JSONDecodeError as error:
         what = "is empty" if not text.strip() else f"is not JSON (line {error.lineno}: {error.msg})"
         raise SeekVLError(f"{path} {what}: download it again") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise SeekVLError(f"{path} is not JSON that can be read ({error}): download it again") from error
     except RecursionError as error:
         raise SeekVLError(f"{path} is nested too deeply to be a published file") from error
     if not isinstance(value, dict):
@@ -50,17 +57,17 @@ class Section:
         return key in self.values
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole number of at least 0."""
+        """Return a whole number of 0 to `LARGEST`."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self._wrong(key, "a whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
+            raise self._wrong(key, f"a whole number of 0 to {LARGEST:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a number."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(key, "a number")
+        if not _is_number(value):
+            raise self._wrong(key, "a finite number")
         return float(value)
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -82,10 +89,8 @@ class Section:
         value = self._optional(key)
         if value is None:
             return None
-        if not isinstance(value, list) or any(
-            isinstance(x, bool) or not isinstance(x, int | float) for x in value
-        ):
-            raise self._wrong(key, "a list of numbers")
+        if not isinstance(value, list) or not all(map(_is_number, value)):
+            raise self._wrong(key, "a list of finite numbers")
         return tuple(float(x) for x in value)
 
     def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -159,6 +164,15 @@ class Section:
         return SeekVLError(
             f"{self.where}: {key} is {json.dumps(self.values.get(key))[:60]}, expected {expected}"
         )
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Tell whether a value is a number that a float can hold."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max  # NaN is not
+    )
 
 
 def _is_pair(value: object) -> bool:

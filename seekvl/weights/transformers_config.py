@@ -93,13 +93,15 @@ def _sam(section: Section, *, grid: int) -> SamConfig:
         | {"use_abs_pos": True, "use_rel_pos": True}
     )
     width, channels = section.integer("hidden_size", 768), section.integer("output_channels", 256)
+    hidden = section.integer("mlp_dim", int(width * section.number("mlp_ratio", 4.0)))
+    section.must_be({"intermediate_size": hidden})  # in the published 7B, beside the key that counts
     config = SamConfig(
         image_size=section.integer("image_size", 1024),
         patch_size=section.integer("patch_size", 16),
         width=width,
         layers=section.integer("num_hidden_layers", 12),
         heads=section.integer("num_attention_heads", 12),
-        mlp_width=section.integer("mlp_dim", int(width * section.number("mlp_ratio", 4.0))),
+        mlp_width=hidden,
         window=section.integer("window_size", 14),
         global_layers=section.integers("global_attn_indexes", (2, 5, 8, 11)),
         neck_channels=channels,

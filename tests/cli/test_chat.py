@@ -77,6 +77,53 @@ def test_load_takes_up_what_save_wrote(vlm: seekvl.VLM, talk: Talk, tmp_path: Pa
     assert (tmp_path / "again.json").read_text(encoding="utf-8") == saved.read_text(encoding="utf-8")
 
 
+def test_what_is_no_utf_8_survives_load_and_save(talk: Talk, tmp_path: Path) -> None:
+    """Names of files are bytes; those that are no UTF-8 are strings with lone surrogates."""
+    odd = tmp_path / os.fsdecode(b"a\xff.png")
+    odd.write_bytes(PICTURE.read_bytes())
+    parts = [{"type": "image", "image": str(odd)}, {"type": "text", "text": "What? ☃"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A sign."}]
+    saved, again = tmp_path / "talk.json", tmp_path / "again.json"
+    saved.write_text(json.dumps(turns), encoding="utf-8")
+    for line in (f"/load {saved}", f"/save {again}", f"/load {again}"):
+        assert talk.hear(line)
+    assert json.loads(again.read_text(encoding="utf-8"))[0]["content"] == parts
+    assert len(talk.turns) == 2
+
+
+def test_load_refuses_words_that_no_question_could_follow(
+    talk: Talk, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "a"}]
+    saved = tmp_path / "talk.json"
+    saved.write_text(json.dumps(turns), encoding="utf-8")
+    talk.hear(f"/load {saved}")
+    assert "lone surrogate" in capsys.readouterr().err
+    assert talk.turns == ()
+    talk.hear(f"/save {tmp_path / 'again.json'}")
+    assert "nothing was said" in capsys.readouterr().err
+
+
+def test_save_keeps_detail_and_what_is_control(tmp_path: Path) -> None:
+    tiled = seekvl.load(GOLDEN / "vl2-base-like", device="cpu", dtype="float32")
+    talk = Talk(tiled, params=SamplingParams(max_new_tokens=6), system=None)
+    name = str(PICTURE)
+    near: list[dict[str, object]] = [{"type": "image", "image": name, "detail": "low"}]
+    official = {"role": "<|User|>", "content": "<image><|ref|>it<|/ref|>.", "images": [name]}
+    for asked in ({"role": "user", "content": [*near, {"type": "text", "text": "a"}]}, official):
+        turns = [asked, {"role": "assistant", "content": "b"}]
+        saved, again = tmp_path / "talk.json", tmp_path / "again.json"
+        saved.write_text(json.dumps(turns), encoding="utf-8")
+        for line in (f"/load {saved}", f"/save {again}"):
+            assert talk.hear(line)
+        wanted, found = (
+            tiled.processor([*messages, {"role": "user", "content": "And?"}])
+            for messages in (turns, json.loads(again.read_text(encoding="utf-8")))
+        )
+        assert found.prompt == wanted.prompt
+        assert found.input_ids.tolist() == wanted.input_ids.tolist()
+
+
 def test_home_is_known_to_every_command(talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.png").write_bytes(PICTURE.read_bytes())
@@ -119,14 +166,22 @@ def test_system_prompt_is_saved(vlm: seekvl.VLM, tmp_path: Path) -> None:
         ("/load", "needs the name"),
         ("/load nowhere.json", "nowhere.json"),
         (f"/load {__file__}", "is no JSON"),
+        ("/load long.json", "is no JSON"),
         (f"/load {PICTURE}", "is no JSON"),
         ("/dance", "no command"),
         ("word " * 5000, "more than the limit of 4,096"),
     ],
 )
 def test_errors_never_end_the_chat(
-    talk: Talk, capsys: pytest.CaptureFixture[str], line: str, says: str
+    talk: Talk,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    says: str,
 ) -> None:
+    (tmp_path / "long.json").write_text("9" * 5000, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     assert talk.hear(line)
     said = capsys.readouterr()
     assert said.err.startswith("error: ")

@@ -3,6 +3,7 @@
 from typing import get_args
 
 from seekvl.cli import options
+from seekvl.processing import choices as processing
 from seekvl.processing.pad_image import PREPROCESSING
 from seekvl.runtime import DTYPES
 from seekvl.weights.load import NANO
@@ -14,6 +15,7 @@ def choices(option: object) -> tuple[str, ...]:
 
 
 def test_choices_are_those_of_the_owners() -> None:
-    assert choices(options.Preprocessing) == tuple(PREPROCESSING)
+    assert get_args(options.Preprocessing)[0] is processing.Preprocessing
+    assert choices(options.Preprocessing) == PREPROCESSING
     assert choices(options.Dtype) == ("auto", *DTYPES)
     assert options.NANO == NANO

@@ -1,3 +1,4 @@
+import hashlib
 import re
 
 import pytest
@@ -57,3 +58,25 @@ def test_boxes_are_copied_whole():
         (box,) = parse_boxes(answer)
         assert f"[[{box.x1}, {box.y1}, {box.x2}, {box.y2}]]" in question
         assert box.label in question
+
+
+def test_each_model_says_its_own_name_and_nothing_else_depends_on_it():
+    for index in range(60):
+        nano, other = (text_sample(0, index, kind="talk", name=name) for name in ("seekvl-nano", "Other"))
+        assert text_sample(0, index, kind="talk") == nano
+        said = [(one.replace("seekvl-nano", "Other"), two) for (_, one), (_, two) in zip(
+            lines(nano.conversation), lines(other.conversation), strict=True
+        )]  # fmt: skip
+        assert all(one == two for one, two in said)
+    assert any("I am Other, a" in answer for _, answer in lines(other.conversation)) or any(
+        "I am Other, a" in answer
+        for index in range(60)
+        for _, answer in lines(text_sample(0, index, kind="talk", name="Other").conversation)
+    )
+
+
+def test_the_samples_that_nano_learnt_from_do_not_change():
+    digest = hashlib.sha256()
+    for index in range(300):
+        digest.update(repr(text_sample(0, index)).encode())
+    assert digest.hexdigest() == "855ca9bca47411396be64769df211d9467d43f96a736672a55e20a306defaa61"

@@ -210,6 +210,38 @@ def test_the_shortest_answer_with_a_box(tokenizer: Tokenizer) -> None:
         constraint_for("box_first", tokenizer, end_id=tokenizer.eos_id, room=least - 1)
 
 
+BOX = "<|ref|>the dog<|/ref|><|det|>[[10, 20, 300, 400]]<|/det|>"
+
+
+@EVERY
+@pytest.mark.parametrize("constrain", ["boxes", "box_first"])
+def test_a_box_that_is_begun_is_gone_on_with(tokenizer: Tokenizer, constrain: Constrain) -> None:
+    for end in range(len(BOX) + 1):
+        begun = BOX[:end].rstrip()  # as a prompt has it
+        constraint = constraint_for(constrain, tokenizer, end_id=tokenizer.eos_id, room=99, begun=begun)
+        sampler = Sampler(params=SamplingParams(constrain=constrain), constraint=constraint)
+        scores = random_scores(tokenizer, end)
+        for step in range(99):
+            (token,) = choose(scores(step).unsqueeze(0), [sampler])
+            if token == tokenizer.eos_id:
+                break
+            sampler.generated.append(token)
+        text = begun + tokenizer.decode(sampler.generated)
+        boxes = parse_boxes(text, strict=True)
+        assert boxes or constrain == "boxes", text
+        if end >= len("<|ref|>the dog<|/ref|>"):
+            assert boxes[0].label == "the dog"
+
+
+@EVERY
+def test_a_box_that_is_begun_wrongly_is_refused(tokenizer: Tokenizer) -> None:
+    for begun in ("<|det|>", "so: <|ref|>a<|/ref|><|det|>[[5, 5, 4, 9]]<|/det|>", "<|ref|>a\nb"):
+        with pytest.raises(SeekVLError, match="begun with a box that is not well-formed"):
+            constraint_for("boxes", tokenizer, end_id=tokenizer.eos_id, room=99, begun=begun)
+    with pytest.raises(SeekVLError, match="or goes on with one, takes at least"):
+        constraint_for("boxes", tokenizer, end_id=tokenizer.eos_id, room=2, begun=BOX[:30])
+
+
 def test_what_the_model_says_stays_where_it_is_well_formed() -> None:
     tokenizer = TOKENIZERS["marks are tokens"]
     wanted = "It is <|ref|>the dog<|/ref|><|det|>[[1, 20, 300, 999], [0, 0, 5, 5]]<|/det|>."

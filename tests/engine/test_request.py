@@ -43,6 +43,8 @@ def test_stop_is_one_string_or_several(stop: Any, stops: tuple[str, ...]) -> Non
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.inf),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 1e300),
         ("seed", 1.5),
         ("seed", "a"),
         ("seed", False),

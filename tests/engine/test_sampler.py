@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from seekvl.engine.request import SamplingParams
+from seekvl.engine.request import PENALTIES, SamplingParams
 from seekvl.engine.sampler import Sampler, choose, choose_one, distribution, penalise
 from seekvl.runtime import SeekVLError
 
@@ -66,6 +66,16 @@ def test_the_penalty_hits_each_generated_token_once() -> None:
 def test_the_penalty_counts_at_temperature_zero() -> None:
     sampler = Sampler(params=SamplingParams(repetition_penalty=2.0), generated=[1])
     assert choose(LOGITS[None], [sampler]) == [2]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_strongest_penalties_overflow_no_logit(penalty: float, temperature: float) -> None:
+    params = SamplingParams(repetition_penalty=penalty, temperature=temperature, seed=0)
+    logits = torch.tensor([3e4, -3e4, 2.0, -1.0])
+    scores = penalise(logits, range(4), penalty=penalty)
+    assert scores.isfinite().all()
+    assert choose_one(logits, Sampler(params=params, generated=[0, 1, 2, 3])) == 0
 
 
 def test_a_seed_repeats_and_another_differs() -> None:

@@ -64,3 +64,13 @@ def test_logits_of_all_positions(vlm: seekvl.VLM, prompts: list[ModelInput]) -> 
         )
     assert logits.dtype == torch.float32
     assert torch.allclose(logits, expected[0], atol=2e-5, rtol=0)
+
+
+def test_logits_are_float32_whatever_torch_makes_by_default(
+    vlm: seekvl.VLM, prompts: list[ModelInput]
+) -> None:
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert prompt_logits(vlm.model, prompts[0]).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

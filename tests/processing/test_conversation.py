@@ -11,6 +11,7 @@ from seekvl.processing.conversation import (
     Text,
     parse_messages,
 )
+from seekvl.processing.template import DEEPSEEK_VL2, prompt_text, render
 from seekvl.runtime import SeekVLError
 
 RED = Image.new("RGB", (4, 4), "red")
@@ -95,6 +96,12 @@ def test_plain_roles_with_as_many_tags_as_pictures_are_the_official_form_of_vl2(
     message = {**user("see <image> and <image>"), "images": [RED, BLUE]}
     assert parts([message]) == (Text("see "), Picture(RED), Text(" and "), Picture(BLUE))
     assert not parse_messages([message]).messages[0].control
+
+
+def test_pictures_that_stand_where_a_plain_text_has_its_tags_end_no_line() -> None:
+    message = {**user("<image><image> a"), "images": [RED, BLUE]}
+    pieces = render(parse_messages([message]), template=DEEPSEEK_VL2)
+    assert prompt_text(pieces) == "<|User|>: <image><image> a\n\n<|Assistant|>:"
 
 
 def test_detail() -> None:
@@ -213,3 +220,15 @@ def test_bad_messages(name: str) -> None:
     with pytest.raises(SeekVLError, match=expected) as caught:
         parse_messages(messages)
     assert "\n" not in str(caught.value)
+
+
+def test_types_made_by_hand_are_checked_too() -> None:
+    turn = Message("user", (Text("hi"),))
+    for make, says in (
+        (lambda: Text(5), "a string, not int"),
+        (lambda: Message("user", "hi"), "Text and Picture, not str"),
+        (lambda: Conversation((turn,), system=5), "a string or None, not int"),
+        (lambda: Conversation(("hi",)), "turn 1 is str"),
+    ):
+        with pytest.raises(SeekVLError, match=says):
+            make()

@@ -60,6 +60,11 @@ def test_drawing_leaves_the_original_alone() -> None:
     assert np.array_equal(np.asarray(draw_boxes(image, [])), np.asarray(image))
 
 
+def test_transparent_parts_are_white() -> None:
+    drawn = draw_boxes(Image.new("RGBA", (60, 60), (0, 0, 0, 0)), [Box("a", 0, 0, 300, 300)])
+    assert drawn.getpixel((50, 50)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (2000, 10)])
 def test_drawing_on_absurd_pictures(size: tuple[int, int]) -> None:
     boxes = [

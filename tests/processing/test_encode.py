@@ -214,7 +214,7 @@ def test_low_pixels_are_stacked(tokenizer: Tokenizer) -> None:
 def test_bad_processors(tokenizer: Tokenizer) -> None:
     with pytest.raises(SeekVLError, match="unknown preprocessing 'x'"):
         Processor(tokenizer, IMAGE_CONFIG, DEEPSEEK, preprocessing="x")  # type: ignore[arg-type]
-    with pytest.raises(SeekVLError, match="max_tokens must be at least 1"):
+    with pytest.raises(SeekVLError, match="max_tokens must be a whole number of at least 1"):
         Processor(tokenizer, IMAGE_CONFIG, DEEPSEEK, max_tokens=0)
 
 

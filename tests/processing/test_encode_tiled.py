@@ -178,8 +178,11 @@ def test_orientation_decides_the_grid(tokenizer: Tokenizer, process: Processor) 
 def test_bad_processors(tokenizer: Tokenizer) -> None:
     with pytest.raises(SeekVLError, match="transformers has no DeepSeek-VL2"):
         Processor(tokenizer, CONFIG, DEEPSEEK_VL2, preprocessing="transformers")
-    with pytest.raises(SeekVLError, match="max_tiles must be at least 1, not 0"):
-        Processor(tokenizer, CONFIG, DEEPSEEK_VL2, max_tiles=0)
+    for wrong in (0, 2.5, "3", True):
+        with pytest.raises(SeekVLError, match="max_tiles must be a whole number of at least 1"):
+            Processor(tokenizer, CONFIG, DEEPSEEK_VL2, max_tiles=wrong)  # type: ignore[arg-type]
+        with pytest.raises(SeekVLError, match="max_tokens must be a whole number of at least 1"):
+            Processor(tokenizer, CONFIG, DEEPSEEK_VL2, max_tokens=wrong if wrong != 2.5 else 0.5)  # type: ignore[arg-type]
     with pytest.raises(SeekVLError, match="max_tiles=4 bounds the tiles of DeepSeek-VL2"):
         Processor(tokenizer, PadImageConfig(image_size=96, patch_slots_side=6), DEEPSEEK, max_tiles=4)
     without = Tokenizer.from_file(FILE, image=VL2_IMAGE, pad=VL2_PAD, added=(VL2_PAD, VL2_IMAGE))

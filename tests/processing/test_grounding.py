@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,9 @@ def test_strip_marks() -> None:
 def test_the_toolkit_is_public() -> None:
     assert seekvl.grounding.parse_boxes is parse_boxes
     assert all(getattr(seekvl.grounding, name) is not None for name in seekvl.grounding.__all__)
+
+
+def test_many_blanks_are_no_work() -> None:
+    began = time.perf_counter()
+    assert strip_marks("a" + " " * 100_000 + "b <|det|>[[1, 2, 3, 4]]<|/det|>").endswith("  b")
+    assert time.perf_counter() - began < 5  # the square of the blanks takes minutes

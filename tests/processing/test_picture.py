@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from seekvl.processing.choices import Preprocessing
 from seekvl.processing.picture import PictureLimits, open_picture
 from seekvl.runtime import SeekVLError
 
@@ -74,6 +75,15 @@ def test_32_bit_and_float_greys() -> None:
     assert list(open_picture(bytes_as_floats).tobytes()) == [0, 128, 255]
 
 
+@pytest.mark.parametrize("mode", ["official", "transformers"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_the_modes_of_the_references_leave_greys_to_pillow(mode: Preprocessing, dtype: type) -> None:
+    image = Image.fromarray(np.array([[0, 100, 300, 65000]], dtype=dtype))
+    opened = open_picture(image, mode=mode)
+    assert opened.mode == image.mode
+    assert opened.convert("RGB").tobytes() == image.convert("RGB").tobytes()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 300.0])
 def test_float_greys_without_a_known_range(value: float) -> None:
     with pytest.raises(SeekVLError, match="scale"):
@@ -98,6 +108,7 @@ BAD = {
     "data without comma": ("data:image/png;base64", "needs a comma"),
     "bad base64": ("data:image/png;base64,@@@", "not valid base64"),
     "data that is text": ("data:text/plain,hello", "not a picture"),
+    "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "EPS is a program"),
     "ftp": ("ftp://127.0.0.1/a.png", "ftp URLs are not supported"),
     "file url": ("file:///etc/hostname", "file URLs are not supported"),
     "array": (np.zeros((4, 4, 3), np.uint8), "PIL.Image.fromarray"),

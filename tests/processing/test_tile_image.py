@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from seekvl.processing.pad_image import ORIENTATION_TAG, Preprocessing
+from seekvl.processing.choices import Preprocessing
+from seekvl.processing.pad_image import ORIENTATION_TAG
 from seekvl.processing.tile_image import (
     GRIDS_9,
     WHOLE,
@@ -114,7 +115,7 @@ def test_max_tiles_bounds_the_grid() -> None:
     for bound in range(1, 12):
         columns, rows = plan_grid((2480, 3508), PUBLISHED, max_tiles=bound)
         assert columns * rows <= bound
-    with pytest.raises(SeekVLError, match="max_tiles must be at least 1, not 0"):
+    with pytest.raises(SeekVLError, match="max_tiles must be a whole number of at least 1, not 0"):
         plan_grid((10, 10), PUBLISHED, max_tiles=0)
 
 

@@ -88,6 +88,22 @@ def test_letters_can_be_read_back_left_to_right() -> None:
     assert "".join(letter for *_, letter in sorted(found)) == "ZEBRA"
 
 
+@pytest.mark.parametrize(("text", "labels"), [("A", "A"), ("AB", "AB"), ("ABC", None), ("ABCD", None)])
+def test_more_letters_than_a_cell_can_tell_apart_do_not_count(text: str, labels: str | None) -> None:
+    letters = [
+        Drawn(
+            kind="letter", name=letter, colour="red", shape=letter, size="small",
+            box=(4.0 * i, 4.0, 4.0 * i + 3, 9.0),
+        )
+        for i, letter in enumerate(text)
+    ]  # fmt: skip
+    cell = cell_labels(scene(*reversed(letters)), view=square((256, 256)))[0][0, 3:5].tolist()
+    if labels is None:
+        assert cell == [NONE, NONE]
+    else:
+        assert cell == [*(ALPHABET.index(letter) + 1 for letter in labels), 0][:2]
+
+
 @pytest.fixture(scope="module")
 def labeller() -> Labeller:
     torch.manual_seed(0)

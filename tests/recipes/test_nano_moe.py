@@ -17,7 +17,7 @@ from seekvl.recipes import nano_moe
 from seekvl.recipes.nano_build import Build
 from seekvl.recipes.nano_encoders import Labeller
 from seekvl.recipes.nano_initialise import initialise
-from seekvl.recipes.nano_sources import PictureSource
+from seekvl.recipes.nano_sources import PictureSource, TextSource
 from seekvl.runtime import SeekVLError
 from seekvl.train import checkpoint
 from seekvl.train.metrics import read_log
@@ -173,10 +173,18 @@ def test_the_whole_recipe_runs_resumes_and_leaves_a_model_that_answers(
     names = ("encoders", "language", "stage1", "stage2", "stage3")
     for name in names:
         monkeypatch.setattr(nano_moe, name, small(getattr(nano_moe, name)))
+    taught: list[str] = []
+
+    def text_source(processor: Processor, seed: int, name: str) -> TextSource:
+        taught.append(name)
+        return TextSource(processor, seed, name)
+
+    monkeypatch.setattr(nano_moe, "TextSource", text_source)
     (tmp_path / "tokenizer.json").write_bytes(moe_words.read_bytes())
     start = Build(folder=tmp_path, device=torch.device("cpu"), workers=0, scale=1e-6)
     made = nano_moe.build(start)
     assert made == tmp_path / "seekvl-nano-moe"
+    assert taught == ["seekvl-nano-moe"]
     saved = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/step-*/*")}
     assert {path.parts[-3] for path in saved} == set(names)
     loads = {name: read_log(tmp_path / name / "log.jsonl")[0].expert_load for name in names}

@@ -75,12 +75,17 @@ def _runs(mask: torch.Tensor) -> list[int]:
 
 
 def test_samples_are_weighed_and_a_function_of_their_index(prepare: Processor) -> None:
-    for source in (TextSource(prepare, 3), PictureSource(prepare, 3, 4)):
+    for source in (TextSource(prepare, 3, "seekvl-nano"), PictureSource(prepare, 3, 4)):
         first, again, other = source(6), source(6), source(8)
         assert torch.equal(first.input_ids, again.input_ids)
         assert first.input_ids.tolist() != other.input_ids.tolist()
         assert first.loss_weights is not None
         assert 0 < first.loss_weights[first.loss_weights > 0].min() < 1  # no answer is a single token
+
+
+def test_a_model_is_taught_its_own_name(prepare: Processor) -> None:
+    source = TextSource(prepare, 0, "seekvl-nano-moe")
+    assert "I am seekvl-nano-moe, a tiny" in source(83).prompt
 
 
 def test_what_draws_the_pictures_can_be_chosen(prepare: Processor) -> None:

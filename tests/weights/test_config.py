@@ -157,6 +157,12 @@ def test_rope_theta_in_both_spellings(copy: Copy, edit: Edit, spelling: str) -> 
     assert read_config(folder).model.language.rope_theta == 50000.0
 
 
+def test_the_published_7b_says_the_width_of_its_sam_mlp_twice(copy: Copy, edit: Edit) -> None:
+    folder = copy(TF_HYBRID)
+    edit(folder / "config.json", "high_res_vision_config.intermediate_size", 192)
+    assert read_config(folder).model == read_config(GOLDEN / TF_HYBRID).model
+
+
 def test_misleading_top_level_tie_is_ignored(copy: Copy, edit: Edit) -> None:
     folder = copy(TF_SINGLE)
     edit(folder / "config.json", "tie_word_embeddings", True)
@@ -235,6 +241,7 @@ WRONG = [
     (TF_SINGLE, "preprocessor_config.json", "size", {"height": 96, "width": 90}, "is no square"),
     (TF_SINGLE, "preprocessor_config.json", "background_color", [999, 0, 0], "three values of 0..255"),
     (TF_HYBRID, "config.json", "high_res_vision_config.use_rel_pos", False, "use_rel_pos"),
+    (TF_HYBRID, "config.json", "high_res_vision_config.intermediate_size", 191, "computes 192 only"),
     (TF_HYBRID, "preprocessor_config.json", "resample", 3, "2 (bilinear)"),
     (TF_HYBRID, "preprocessor_config.json", "high_res_size", {"height": 512, "width": 512}, "512 px"),
 ]  # fmt: skip
@@ -265,6 +272,7 @@ BROKEN = [
     (b'{"model_type": ', "is not JSON"),
     (b"[1]", "holds a JSON list"),
     (b"\xff\xfe", "UTF-8"),
+    (b'{"model_type": ' + b"9" * 5000 + b"}", "is not JSON that can be read"),
 ]
 
 

@@ -33,7 +33,7 @@ def test_max_tokens_may_be_raised_to_the_positions_there_are() -> None:
 
 @pytest.mark.parametrize("limit", [0, -1, 16385])
 def test_max_tokens_out_of_range(limit: int) -> None:
-    with pytest.raises(SeekVLError, match=rf"max_tokens {limit} is outside 1\.\.16384"):
+    with pytest.raises(SeekVLError, match=rf"max_tokens {limit} is no whole number of 1\.\.16384"):
         load_checkpoint(GOLDEN / "vl1-siglip", max_tokens=limit, device="cpu")
 
 
@@ -109,6 +109,8 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_a_folder_has_no_revisions() -> None:
     with pytest.raises(SeekVLError, match="revision 'v1' was given for the folder"):
         find_folder(GOLDEN / "vl1-siglip", revision="v1")
+    with pytest.raises(SeekVLError, match="revision 'v1' was given for the bundled seekvl-nano"):
+        find_folder("seekvl-nano", revision="v1")
 
 
 @pytest.mark.parametrize(("name", "verb"), [("seekvl-nano", "nano"), ("seekvl-nano-moe", "nano-moe")])
@@ -119,7 +121,7 @@ def test_a_bundled_model_missing_from_an_installation(
     with pytest.raises(SeekVLError, match=f"{name} is not in this installation .*seekvl train {verb} --out"):
         find_folder(name)
     (tmp_path / "config.json").write_text("{}")
-    assert find_folder(name) == tmp_path
+    assert find_folder(name) == find_folder(Path(name)) == tmp_path
 
 
 def test_no_tokenizer(copy: Copy) -> None:

@@ -1,4 +1,5 @@
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,9 @@ GARBLED = [
     ({"a": ENTRY | {"shape": [2, -1]}}, "cannot lie"),
     ({"a": ENTRY | {"data_offsets": [-8, 0]}}, "cannot lie|garbled|bytes behind"),
     ({"a": ENTRY, "b": ENTRY}, "overlap or leave gaps"),
+    ({"a": ENTRY | {"shape": [math.inf]}}, "header entry of 'a' is garbled"),
+    ({"a": ENTRY | {"dtype": ["F32"]}}, r"stored as \['F32'\]"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "garbled header"),
     (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": 1}', "tensor a stands twice"),
 ]
 

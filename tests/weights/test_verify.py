@@ -81,6 +81,13 @@ def test_several_faults_are_all_listed(copy: Copy, edit: Edit) -> None:
     assert "tied" in found["numbers"]
 
 
+def test_a_few_tensors_of_another_dtype_are_listed(copy: Copy) -> None:
+    folder = copy("vl1-siglip")
+    change(folder, "language_model.model.norm.weight", torch.ones(80, dtype=torch.bfloat16))
+    assert failures(folder) == {}
+    assert any("F32, 1 BF16" in check.detail for check in verify_folder(folder).checks)
+
+
 def test_not_finite_in_an_unused_tensor_too(copy: Copy) -> None:
     folder = copy("vl1-siglip")
     change(folder, "vision_model.vision_tower.attn_pool.latent", torch.full((1, 1, 64), float("nan")))
