@@ -1,8 +1,9 @@
 """The CPU kernels beside torch and beside what memory gives: GB/s of each matrix a decoding step reads.
 
-The matrices are those of DeepSeek-VL-1.3B and DeepSeek-VL2-tiny. Each figure reads fresh copies, more than
-any cache holds; ours, torch and the plain read of the same memory take turns, and each shows its median and
-its best.
+The matrices are those of DeepSeek-VL-1.3B and DeepSeek-VL2-tiny. From some ten rows on it is no longer the
+reading that takes the time, and only the ratio of the sides tells something. Each figure reads fresh copies,
+more than any cache holds; ours, torch and the plain read of the same memory take turns, and each shows its
+median and its best.
 
     python benchmarks/kernels.py --threads 2 --json
 """
@@ -108,7 +109,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="rows of x, 1 to 8")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="rows of x")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--level", help="level of the kernels, the fastest by default")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
@@ -121,8 +122,8 @@ def parse() -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     for batch in args.batch:
-        if not 1 <= batch <= 8:
-            parser.error(f"--batch must be 1 to 8, not {batch}")
+        if batch < 1:
+            parser.error(f"--batch must be at least 1, not {batch}")
     return args
 
 

@@ -9,7 +9,7 @@ today: one module per expert and a Python loop over them.
                 their places by the same mask
 
 Router, shared experts and weights are the same on both sides. The routed experts are computed differently,
-and ours decodes through the CPU kernels, everywhere in the network, where they were compiled.
+and ours answers through the CPU kernels, everywhere in the network, where they were compiled.
 
 Measured are one layer of DeepSeek-VL2-tiny and its whole language model, both with random weights: prefill,
 decoding of one token (of one layer also of a batch of 8), and a training step (forward, and backward into
@@ -241,6 +241,7 @@ def measure_layer(
     x, grad = torch.randn(2, 1, args.tokens, config.width, generator=generator).to(dtype)
 
     def train(side: str) -> Tensor:
+        switch(sides[side], side)
         forget(*sides.values())
         source = x.clone().requires_grad_()
         out = sides[side](source)
@@ -250,6 +251,7 @@ def measure_layer(
 
     @torch.inference_mode()
     def prefill(side: str) -> Tensor:
+        switch(sides[side], side)
         return sides[side](x)
 
     @torch.inference_mode()
@@ -274,7 +276,7 @@ def measure_layer(
 
 
 def switch(network: nn.Module, side: str) -> None:
-    """Let ours decode through the kernels and the peer without; they have modules in common."""
+    """Let ours answer through the kernels and the peer without; they have modules in common."""
     accelerate(network, level="off" if side == PEER else None)
 
 

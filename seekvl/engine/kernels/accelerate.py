@@ -1,7 +1,8 @@
 """Where a network meets the kernels: its layers change their class, and nothing else.
 
 Parameters, names and saved files stay what they are. A layer asks at every call whether the kernels can serve
-it, and does what it did before where they cannot: with a gradient, on another device, with many rows.
+it, and does what it did before where they cannot: with a gradient, on another device, with a matrix that
+torch multiplies as fast.
 """
 
 from typing import TypeAlias, cast
@@ -19,8 +20,28 @@ products of half precision are slower to call than those of float32 (docs/perfor
 """
 
 
+ANY = 1 << 40
+MOST_ROWS = {
+    "avx2": {torch.float32: 64, torch.bfloat16: ANY, torch.float16: ANY},
+    "avx512": {torch.float32: 64, torch.bfloat16: ANY, torch.float16: ANY},
+    "avx512_bf16": {torch.float32: 64, torch.bfloat16: 32, torch.float16: ANY},
+}
+"""Rows up to which a linear layer gains, by level and dtype. Beyond, torch is as fast: it computes float32
+well, and bfloat16 on processors that multiply it. Experts gain by any number of tokens, for each of them sees
+few. `portable` takes several times as long as torch, and on `neon` nothing has been measured: there more rows
+than `MAX_ROWS` stay with torch (docs/performance.md).
+"""
+
+_MOST_ROWS = {
+    (LEVELS.index(level), dtype): most
+    for level, by_dtype in MOST_ROWS.items()
+    for dtype, most in by_dtype.items()
+}
+_BLOCKED = {level for level, _ in _MOST_ROWS}
+
+
 class KernelLinear(nn.Linear):
-    """A linear layer that decodes through the kernels."""
+    """A linear layer that decodes through the kernels, and takes those prompts through them that gain."""
 
     level: int
     """Index into `LEVELS`."""
@@ -33,7 +54,8 @@ class KernelLinear(nn.Linear):
         bias = self._parameters["bias"]
         assert weight is not None
         if (
-            0 < x.numel() <= MAX_ROWS * self.in_features
+            0 < x.numel() <= _MOST_ROWS.get((self.level, x.dtype), MAX_ROWS) * self.in_features
+            and x.shape[-1] == self.in_features  # torch says what is wrong
             and _served(x, weight, smallest=self.smallest)
             and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
         ):
@@ -42,7 +64,7 @@ class KernelLinear(nn.Linear):
 
 
 class KernelExperts(Experts):
-    """Routed experts that decode through the kernels."""
+    """Routed experts that decode through the kernels, and take prompts through them."""
 
     level: int
     smallest: int | None
@@ -51,7 +73,7 @@ class KernelExperts(Experts):
         """Return f[n, d]: what experts i64[n, k] make of x[n, d], summed in float32 by weights f32[n, k]."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if (
-            0 < len(x) <= MAX_ROWS
+            (0 < len(x) <= MAX_ROWS or (len(x) > MAX_ROWS and self.level in _BLOCKED))
             and all(_served(x, weight, smallest=self.smallest) for weight in (gate, up, down))
             and (experts.dtype, weights.dtype) == (torch.int64, torch.float32)
         ):
@@ -69,7 +91,7 @@ KERNELS: dict[type[nn.Module], type[Accelerated]] = {nn.Linear: KernelLinear, Ex
 
 
 def accelerate(network: nn.Module, *, level: str | None = None, smallest: int | None = None) -> str | None:
-    """Let a network decode through the kernels; return the level they compute on.
+    """Let a network answer through the kernels; return the level they compute on.
 
     A weight of fewer than `smallest` bytes, by default those of `SMALLEST`, stays with torch. With `level`
     "off", or None and so said by the environment (see `choose_level`), layers get their own class back and

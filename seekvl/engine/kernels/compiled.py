@@ -46,6 +46,28 @@ class Linear(Protocol):
         ...
 
 
+class LinearMany(Protocol):
+    """`seekvl_linear_many` of experts.cpp: the product of `Linear` for any number of rows."""
+
+    def __call__(
+        self,
+        level: int,
+        threads: int,
+        weight_dtype: int,
+        x_dtype: int,
+        weight: int,
+        bias: int | None,
+        x: int,
+        y: int,
+        b: int,
+        o: int,
+        i: int,
+        /,
+    ) -> int:
+        """Write y and return 0, or 1 where memory is short."""
+        ...
+
+
 class Experts(Protocol):
     """`seekvl_experts` of kernels.cpp: n tokens through k experts each, of width m."""
 
@@ -71,6 +93,31 @@ class Experts(Protocol):
         ...
 
 
+class ExpertsMany(Protocol):
+    """`seekvl_experts_many` of experts.cpp: what `Experts` computes, for any number of tokens."""
+
+    def __call__(
+        self,
+        level: int,
+        threads: int,
+        dtype: int,
+        gate: int,
+        up: int,
+        down: int,
+        experts: int,
+        weights: int,
+        x: int,
+        y: int,
+        n: int,
+        k: int,
+        d: int,
+        m: int,
+        /,
+    ) -> int:
+        """Write y[n, d] and return 0, or 1 where memory is short."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Library:
     """The functions of the library. They take addresses, trust their arguments and let other threads run."""
@@ -79,6 +126,8 @@ class Library:
     """The levels this machine executes, the fastest last."""
     linear: Linear
     experts: Experts
+    linear_many: LinearMany
+    experts_many: ExpertsMany
     read: Callable[[int, int, int], int]
     """Read memory (threads, address, bytes) and do next to nothing with it: the ceiling of every product."""
     release: Callable[[], None]
@@ -105,6 +154,8 @@ def library() -> Library:
     i32, i64, address = c_int32, c_int64, c_void_p
     native.seekvl_linear.argtypes = [*[i32] * 4, *[address] * 4, *[i64] * 3]
     native.seekvl_experts.argtypes = [*[i32] * 3, *[address] * 7, *[i64] * 4]
+    native.seekvl_linear_many.argtypes = native.seekvl_linear.argtypes
+    native.seekvl_experts_many.argtypes = native.seekvl_experts.argtypes
     native.seekvl_read.argtypes = [i32, address, i64]
     native.seekvl_read.restype = c_uint64
     for function in (native.seekvl_linear, native.seekvl_experts, native.seekvl_release):
@@ -115,6 +166,8 @@ def library() -> Library:
         levels=tuple(name for index, name in enumerate(LEVELS) if bits >> index & 1),
         linear=native.seekvl_linear,
         experts=native.seekvl_experts,
+        linear_many=native.seekvl_linear_many,
+        experts_many=native.seekvl_experts_many,
         read=native.seekvl_read,
         release=native.seekvl_release,
         workers=native.seekvl_workers,

@@ -1,4 +1,4 @@
-"""Products on the CPU, for a few rows at a time: what decoding consists of.
+"""Products on the CPU: of a few rows at a time, which decoding consists of, and of many, as a prompt has.
 
 They read torch's own memory: there is no second copy of the weights, and nothing to prepare. Sums run in
 float32, which is exact for the products of half precision, and are rounded once, to nearest even. With
@@ -6,8 +6,10 @@ s = sum |x W| of an element the error of a sum over i numbers is at most
 
     (i + 1) * 2^-24 * s   in float32, and half a unit of the last place of bfloat16 or float16 more
 
-A level that multiplies pairs of bfloat16 (`avx512_bf16`) takes numbers below 2^-126 for zero. A row of a
-batch equals the row computed alone, bit for bit.
+A level that multiplies pairs of bfloat16 (`avx512_bf16`) takes numbers below 2^-126 for zero.
+
+Up to `MAX_ROWS` rows stream the weights, more go in blocks that reuse them from cache; the two sum up in
+another order. Within each a row equals the row computed among any others, bit for bit.
 
 Letters: b rows of x, o rows of the weight, i numbers of a row, n tokens, k experts a token, E experts, m
 width of an expert, d width.
@@ -20,7 +22,7 @@ from seekvl.engine.kernels.compiled import LEVELS, choose_level, library
 from seekvl.runtime import SeekVLError
 
 MAX_ROWS = 8
-"""Most rows of x; beyond, a matrix product that reuses the weights from cache is the better one."""
+"""Most rows of x that stream the weights; beyond, reusing them from cache is better."""
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What weights may be, with the number kernels.cpp knows it by."""
@@ -36,11 +38,10 @@ def linear(
 ) -> Tensor:
     """Return f[..., o] = x[..., i] W[o, i]^T + bias[o], in the dtype of x: that of the weight, or float32.
 
-    x has at most `MAX_ROWS` rows. level: one of `library().levels`, None as `choose_level` says. threads:
-    None takes those of torch.
+    level: one of `library().levels`, None as `choose_level` says. threads: None takes those of torch.
 
     Raises SeekVLError for tensors that are not contiguous on the CPU, that do not fit each other, or that
-    need a gradient.
+    need a gradient; MemoryError where none is left.
     """
     index = _level_index(level)
     _check_memory(weight, "weight")
@@ -74,7 +75,7 @@ def swiglu_experts(
     stay in float32; `avx512_bf16` rounds those of bfloat16, as torch does. level and threads are those of
     `linear`.
 
-    Raises SeekVLError as `linear` does, and for an expert outside of 0..E-1.
+    Raises SeekVLError and MemoryError as `linear` does, and for an expert outside of 0..E-1.
     """
     index = _level_index(level)
     for name, stack in (("gate", gate), ("up", up), ("down", down)):
@@ -112,7 +113,8 @@ def raw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, level: int, th
     y = x.new_empty((*x.shape[:-1], o))
     if y.numel() == 0:
         return y
-    library().linear(
+    rows = y.numel() // o
+    arguments = (
         level,
         threads,
         DTYPES[weight.dtype],
@@ -121,10 +123,14 @@ def raw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, level: int, th
         None if bias is None else bias.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
-        y.numel() // o,
+        rows,
         o,
         i,
     )
+    if rows <= MAX_ROWS:
+        library().linear(*arguments)
+    elif library().linear_many(*arguments):
+        raise MemoryError(f"no memory to multiply {rows} rows with a matrix [{o}, {i}]")
     return y
 
 
@@ -145,7 +151,7 @@ def raw_experts(
     if y.numel() == 0:
         return y
     n, k = experts.shape
-    library().experts(
+    arguments = (
         level,
         threads,
         DTYPES[gate.dtype],
@@ -161,6 +167,10 @@ def raw_experts(
         x.shape[1],
         gate.shape[1],
     )
+    if n <= MAX_ROWS:
+        library().experts(*arguments)
+    elif library().experts_many(*arguments):
+        raise MemoryError(f"no memory to send {n} tokens through {k} experts each")
     return y
 
 
@@ -193,13 +203,10 @@ def _check_memory(tensor: Tensor, name: str) -> None:
 
 
 def _check_width(x: Tensor, weight: Tensor, name: str, *, axes: int) -> None:
-    """Refuse rows that do not meet the matrix, or too many of them."""
+    """Refuse rows that do not meet the matrix."""
     if weight.dim() != axes or x.dim() < 1 or x.shape[-1] != weight.shape[-1]:
         raise SeekVLError(f"x {list(x.shape)} cannot be multiplied with {name} {list(weight.shape)}")
     if not x.is_cpu:
         raise SeekVLError(f"x is on {x.device}; the kernels compute on the CPU")
     if x.requires_grad and torch.is_grad_enabled():
         raise SeekVLError("x needs a gradient, which the kernels do not give; use torch.no_grad()")
-    rows = x.shape[:-1].numel()
-    if rows > MAX_ROWS:
-        raise SeekVLError(f"x has {rows} rows; the kernels take at most {MAX_ROWS}")

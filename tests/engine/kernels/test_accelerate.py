@@ -15,8 +15,15 @@ import seekvl
 from seekvl.engine.cache import KVCache
 from seekvl.engine.generate import embed_prompt, generate, prefill, step
 from seekvl.engine.kernels import accelerate as room
-from seekvl.engine.kernels.accelerate import KERNELS, KernelExperts, KernelLinear, accelerate
+from seekvl.engine.kernels.accelerate import (
+    KERNELS,
+    MOST_ROWS,
+    KernelExperts,
+    KernelLinear,
+    accelerate,
+)
 from seekvl.engine.kernels.compiled import LEVELS, SWITCH, Library
+from seekvl.engine.kernels.products import MAX_ROWS
 from seekvl.engine.request import Request, SamplingParams
 from seekvl.models.moe import Experts
 from seekvl.models.vl2 import AnyVL, on_meta
@@ -109,7 +116,7 @@ def test_bfloat16_decodes_as_near_to_float32_as_torch_does(folder: str, level: s
 
 
 @pytest.mark.parametrize("folder", ["vl1-siglip", "vl2-tiny-like"])
-def test_a_step_runs_through_the_kernels_and_a_prompt_does_not(
+def test_a_step_runs_through_the_kernels_and_of_a_prompt_what_gains(
     folder: str, native: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm, inputs = load(folder), encode(folder, "text_only")
@@ -117,23 +124,26 @@ def test_a_step_runs_through_the_kernels_and_a_prompt_does_not(
     calls = Calls(monkeypatch)
     held = KVCache(vlm.config.language, rows=1, device=vlm.device, dtype=vlm.dtype)
     prefill(vlm.model, inputs, cache=held, row=0)
-    assert calls.counts == {"raw_linear": 1, "raw_experts": 0}  # the head, of the last position only
-    step(vlm.model, [5], cache=held)
     modules = list(vlm.model.language.modules())
     linears = sum(isinstance(module, nn.Linear) for module in modules)
     experts = sum(isinstance(module, Experts) for module in modules)
-    assert calls.counts == {"raw_linear": 1 + linears, "raw_experts": experts}
+    gains = MOST_ROWS.get(native.levels[-1], {})
+    short = len(inputs.input_ids) <= gains.get(torch.float32, MAX_ROWS)
+    prompt = {"raw_linear": linears if short else 1, "raw_experts": experts if gains else 0}
+    assert calls.counts == prompt  # at least the head, of the last position only
+    step(vlm.model, [5], cache=held)
+    assert calls.counts == {
+        "raw_linear": prompt["raw_linear"] + linears,
+        "raw_experts": prompt["raw_experts"] + experts,
+    }
 
 
-def test_prompts_and_gradients_stay_as_they_were(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_and_autocast_stay_as_they_were(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load_checkpoint(GOLDEN / "vl2-tiny-like", device="cpu", dtype="float32").model
     model = copy.deepcopy(plain)
     accelerate(model.language, smallest=0)
     calls = Calls(monkeypatch)
-    ids = torch.arange(12)[None]
-    with torch.no_grad():
-        assert torch.equal(model(ids), plain(ids))
-    short = ids[:, :4]
+    short, ids = torch.arange(4)[None], torch.arange(12)[None]
     for network in (model, plain):
         network.requires_grad_(True)
         network(short).square().mean().backward()
@@ -143,6 +153,7 @@ def test_prompts_and_gradients_stay_as_they_were(native: Library, monkeypatch: p
         assert torch.equal(ours.grad, theirs.grad)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model(short), plain(short))
+        assert torch.equal(model(ids), plain(ids))
     assert calls.counts == {"raw_linear": 0, "raw_experts": 0}
 
 
@@ -222,17 +233,43 @@ def test_layers_of_others_and_other_devices_are_left_alone(native: Library) -> N
     assert classes(meta) == own
 
 
-def test_experts_wider_than_the_kernels_take(native: Library) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_linear_layers_take_the_rows_they_gain_by(
+    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch)
+    layer = nn.Linear(24, 40, dtype=dtype).requires_grad_(False)
+    accelerate(layer, level=level, smallest=0)
+    most = MOST_ROWS.get(level, {}).get(dtype, MAX_ROWS)
+    for rows, served in ((200, 1),) if most > 200 else ((most, 1), (most + 1, 0)):
+        calls.counts["raw_linear"] = 0
+        x = torch.randn(2, rows // 2, 24).to(dtype) if rows % 2 == 0 else torch.randn(rows, 24).to(dtype)
+        with torch.no_grad():
+            found, wanted = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+        assert calls.counts["raw_linear"] == served
+        assert torch.allclose(found.float(), wanted.float(), atol=1e-2 if dtype.itemsize == 2 else 1e-6)
+
+
+def test_rows_of_another_width_are_refused(native: Library) -> None:
+    layer = nn.Linear(24, 40).requires_grad_(False)
+    accelerate(layer, smallest=0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be multiplied"):
+        layer(torch.ones(4, 23))
+
+
+def test_experts_take_prompts_at_levels_that_gain(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_checkpoint(GOLDEN / "vl2-tiny-like", device="cpu", dtype="float32").model
-    accelerate(model.language, smallest=0)
+    accelerate(model.language, level=level, smallest=0)
+    calls = Calls(monkeypatch)
     experts = next(module for module in model.modules() if isinstance(module, KernelExperts))
     d = experts.gate_proj.shape[2]
-    for n in (8, 9):
+    for n, served in ((8, 1), (9, 1 + (level not in ("portable", "neon")))):
         x, chosen, weights = torch.randn(n, d), torch.zeros(n, 2, dtype=torch.int64), torch.rand(n, 2)
         with torch.no_grad():
             found = experts(x, experts=chosen, weights=weights)
             wanted = Experts.forward(experts, x, experts=chosen, weights=weights)
         assert torch.allclose(found, wanted, atol=1e-5, rtol=0)
+        assert calls.counts["raw_experts"] == served
 
 
 def test_the_object_users_hold_says_what_decodes(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:

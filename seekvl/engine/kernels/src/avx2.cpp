@@ -3,7 +3,9 @@
 
 #include <immintrin.h>
 
+#include "blocks.h"
 #include "rows.h"
+#include "turn.h"
 
 namespace seekvl {
 namespace {
@@ -39,9 +41,17 @@ struct Avx2 {
     static __m128i eight(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 };
 
+struct Avx2Lanes : WholeVectors<Avx2> {
+    static constexpr int lanes = 8, rows = 4, vectors = 3;  // 12 of the 16 registers are sums
+
+    static Vector broadcast(const float* weight) { return _mm256_broadcast_ss(weight); }
+    static void transpose(const float* from, int64_t stride, float (*to)[kStrip]) { transpose8(from, stride, to); }
+};
+
 }  // namespace
 
 const Level avx2 = level_of<Avx2>();
+const Many avx2_many = many_of<Avx2, Avx2Lanes>();
 
 }  // namespace seekvl
 

@@ -3,7 +3,9 @@
 
 #include <immintrin.h>
 
+#include "blocks.h"
 #include "rows.h"
+#include "turn.h"
 
 namespace seekvl {
 namespace {
@@ -36,6 +38,29 @@ struct Avx512 {
     }
     static const __m256i* sixteen(const void* from) { return static_cast<const __m256i*>(from); }
     static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+};
+
+// Lanes of 16 rows, and of 8 in half a register.
+struct Avx512Lanes {
+    using Weight = float;
+    using Number = float;
+    using Vector = __m512;
+    using Half = __m256;
+    static constexpr int lanes = 16, step = 1, rows = 8, vectors = 3;  // 24 of the 32 registers are sums
+    static constexpr bool halves = true;
+
+    static Vector load(const float* from) { return _mm512_loadu_ps(from); }
+    static Vector zero() { return _mm512_setzero_ps(); }
+    static Half zero_half() { return _mm256_setzero_ps(); }
+    static Half load_half(const float* from) { return _mm256_loadu_ps(from); }
+    static void store(float* to, Vector a) { _mm512_storeu_ps(to, a); }
+    static void store_half(float* to, Half a) { _mm256_storeu_ps(to, a); }
+    static Vector broadcast(const float* weight) { return _mm512_set1_ps(*weight); }
+    static Vector fma(Vector weight, Vector x, Vector sum) { return _mm512_fmadd_ps(weight, x, sum); }
+    static Half fma_half(Vector weight, Half x, Half sum) {
+        return _mm256_fmadd_ps(_mm512_castps512_ps256(weight), x, sum);
+    }
+    static void transpose(const float* from, int64_t stride, float (*to)[kStrip]) { transpose8(from, stride, to); }
 };
 
 }  // namespace

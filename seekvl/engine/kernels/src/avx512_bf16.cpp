@@ -25,9 +25,34 @@ struct Avx512Bf16 : Avx512 {
 
 template <> constexpr int Avx512Bf16::lanes<Avx512Bf16::Pair> = 32;
 
+struct Avx512Pairs : Avx512Lanes {
+    using Weight = uint16_t;
+    using Number = uint32_t;  // two numbers of a row
+    static constexpr int step = 2;
+    using Avx512Lanes::load;
+    using Avx512Lanes::load_half;
+
+    static __m512i load(const uint32_t* from) { return _mm512_loadu_si512(from); }
+    static __m256i load_half(const uint32_t* from) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    }
+    static __m512i broadcast(const uint16_t* weight) {
+        int32_t both;
+        std::memcpy(&both, weight, sizeof both);
+        return _mm512_set1_epi32(both);
+    }
+    static Vector fma(__m512i weight, __m512i x, Vector sum) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)x);
+    }
+    static Half fma_half(__m512i weight, __m256i x, Half sum) {
+        return _mm256_dpbf16_ps(sum, (__m256bh)_mm512_castsi512_si256(weight), (__m256bh)x);
+    }
+};
+
 }  // namespace
 
 const Level avx512_bf16 = level_of<Avx512Bf16>();
+const Many avx512_bf16_many = many_of<Avx512Bf16, Avx512Lanes, Avx512Pairs>();
 
 }  // namespace seekvl
 

@@ -10,6 +10,7 @@
 #include <cpuid.h>
 #endif
 
+#include "many.h"
 #include "numbers.h"
 #include "pool.h"
 #include "product.h"
@@ -174,6 +175,18 @@ void read(const void* pointer, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+
+const Many& many_at(int32_t index) {
+#if defined(__x86_64__)
+    if (index == AVX2) return avx2_many;
+    if (index == AVX512) return avx512_many;
+    if (index == AVX512_BF16) return avx512_bf16_many;
+#elif defined(__aarch64__)
+    if (index == NEON) return neon_many;
+#endif
+    return portable_many;
+}
+
 }  // namespace seekvl
 
 using namespace seekvl;

@@ -3,6 +3,7 @@
 
 #include <arm_neon.h>
 
+#include "blocks.h"
 #include "rows.h"
 
 namespace seekvl {
@@ -31,9 +32,16 @@ struct Neon {
     static uint16x4_t four(const void* from) { return vld1_u16(static_cast<const uint16_t*>(from)); }
 };
 
+struct NeonLanes : WholeVectors<Neon> {
+    static constexpr int lanes = 4, rows = 8, vectors = 3;  // 24 of the 32 registers are sums
+
+    static Vector broadcast(const float* weight) { return vdupq_n_f32(*weight); }
+};
+
 }  // namespace
 
 const Level neon = level_of<Neon>();
+const Many neon_many = many_of<Neon, NeonLanes>();
 
 }  // namespace seekvl
 

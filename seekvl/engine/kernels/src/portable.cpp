@@ -1,4 +1,5 @@
 // Any machine: plain C++ in the shape that compilers turn into vectors.
+#include "blocks.h"
 #include "rows.h"
 
 namespace seekvl {
@@ -45,8 +46,19 @@ struct Portable {
     static float wide(Bf16 value) { return from_bf16(value.bits); }
 };
 
+struct PortableLanes : WholeVectors<Portable> {
+    static constexpr int lanes = 8, rows = 4, vectors = 1;
+
+    static Vector broadcast(const float* weight) {
+        Vector out;
+        for (float& number : out.v) number = *weight;
+        return out;
+    }
+};
+
 }  // namespace
 
 const Level portable = level_of<Portable>();
+const Many portable_many = many_of<Portable, PortableLanes>();
 
 }  // namespace seekvl
