@@ -9,7 +9,8 @@ today: one module per expert and a Python loop over them.
                 their places by the same mask
 
 Router, shared experts and weights are the same on both sides. The routed experts are computed differently,
-and ours answers through the CPU kernels, everywhere in the network, where they were compiled.
+and ours answers through the CPU kernels where they were compiled: prompts everywhere in the network, one
+layer's decoding product by product, the whole language model's in one call a step, as the engine does.
 
 Measured are one layer of DeepSeek-VL2-tiny and its whole language model, both with random weights: prefill,
 decoding of one token (of one layer also of a batch of 8), and a training step (forward, and backward into
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 import seekvl
 from seekvl.engine.budget import free_bytes
 from seekvl.engine.cache import KVCache
+from seekvl.engine.kernels import decoder as kernels
 from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.kernels.compiled import choose_level
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
@@ -341,11 +343,9 @@ def measure_model(
     @torch.inference_mode()
     def decode(side: str) -> Tensor:
         choose(side)
-        steps = []
-        for embeds in model.embed_tokens(ids[:, :BATCH]).split(1, dim=1):
-            steps.append(model(embeds, positions=cache.positions(1), cache=cache))
-            model.lm_head(steps[-1])
-        return torch.cat(steps)
+        return torch.cat(
+            [decode_token(model, token, cache=cache, side=side) for token in ids[0, :BATCH].tolist()]
+        )
 
     def train(side: str) -> None:
         choose(side)
@@ -366,6 +366,21 @@ def measure_model(
     else:
         tasks["model_train"] = train
     return time_tasks(tasks, steps={"model_decode": BATCH}, args=args), notes
+
+
+def decode_token(model: DeepseekV2, token: int, *, cache: KVCache, side: str) -> Tensor:
+    """Return the logits f32[1, v] after one more token, which the cache forgets again.
+
+    Ours takes the way of the engine: one call into the kernels where there are some.
+    """
+    if side == "seekvl":
+        keys, values = cache.buffers
+        logits = kernels.decode(model, [token], slots=[0], positions=cache.lengths, keys=keys, values=values)
+        if logits is not None:
+            return logits
+    embeds = model.embed_tokens(torch.tensor([[token]]))
+    hidden = model(embeds, positions=cache.positions(1), cache=cache)
+    return model.lm_head(hidden[:, 0]).float()
 
 
 def report(values: Values, *, notes: list[str], neighbours: Neighbours, args: argparse.Namespace) -> None:

@@ -54,6 +54,13 @@ class KVCache:
         """Bytes the buffers take."""
         return sum(buffer.nbytes for buffer in (*self._keys, *self._values))
 
+    @property
+    def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What each layer holds: f[rows, k, capacity, e] of the keys and of the values, or of what stands in
+        their place. `reserve` may exchange them.
+        """
+        return self._keys, self._values
+
     def reserve(self, tokens: int) -> None:
         """Make room for rows of this many tokens. Raises SeekVLError beyond the model's longest sequence."""
         if tokens > self.limit:

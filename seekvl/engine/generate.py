@@ -15,12 +15,13 @@ from torch import Tensor
 from seekvl.engine.budget import free_bytes, prefill_tokens, tower_tiles
 from seekvl.engine.cache import KVCache
 from seekvl.engine.constrain import constraint_for
+from seekvl.engine.kernels.decoder import decode
 from seekvl.engine.prefix import Prefix, picture_digests, picture_places, picture_tiles
 from seekvl.engine.reply import Reply
 from seekvl.engine.request import Completion, FinishReason, Piece, Request, Timings, Usage
 from seekvl.engine.sampler import Sampler, choose
 from seekvl.models.vl import VL
-from seekvl.models.vl2 import AnyVL
+from seekvl.models.vl2 import VL2, AnyVL
 from seekvl.processing.encode import ModelInput
 from seekvl.processing.tokenizer import Tokenizer
 from seekvl.runtime import SeekVLError
@@ -264,9 +265,20 @@ def prefill_hidden(
 
 @torch.inference_mode()
 def step(model: AnyVL, tokens: Sequence[int], *, cache: KVCache) -> Tensor:
-    """Feed one token of each of the first n rows; return the logits f32[n, v] of the next."""
+    """Feed one token of each of the first n rows; return the logits f32[n, v] of the next.
+
+    On the CPU the whole step runs in the kernels where they serve the network, see `kernels.decoder`.
+    """
     n = len(tokens)
     cache.reserve(max(cache.lengths[:n]) + 1)
+    if type(model) in (VL, VL2):  # a subclass may do more than its language model
+        keys, values = cache.buffers
+        logits = decode(
+            model.language, tokens, slots=range(n), positions=cache.lengths[:n], keys=keys, values=values
+        )
+        if logits is not None:
+            cache.advance(n)
+            return logits
     ids = torch.tensor(tokens, device=model.language.embed_tokens.weight.device).unsqueeze(1)  # n 1
     hidden = model.hidden(
         model.embed(ids), positions=cache.positions(n), mask=cache.mask(n), cache=cache

@@ -1,1 +1,1 @@
-"""Products for decoding on a CPU, compiled from C++: they read weights as fast as memory gives them."""
+"""Decoding on a CPU, compiled from C++: steps and products that read weights as fast as memory gives them."""

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from seekvl.engine.kernels import structures
 from seekvl.runtime import SeekVLError, log
 
 PATH = Path(__file__).parent / "native.so"
@@ -118,6 +119,16 @@ class ExpertsMany(Protocol):
         ...
 
 
+class Step(Protocol):
+    """`seekvl_step` of kernels.cpp; the addresses are those of structures of structures.py."""
+
+    def __call__(
+        self, level: int, threads: int, network: int, cache: int, tokens: int, logits: int, /
+    ) -> None:
+        """Append to the cache and write logits."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Library:
     """The functions of the library. They take addresses, trust their arguments and let other threads run."""
@@ -128,6 +139,7 @@ class Library:
     experts: Experts
     linear_many: LinearMany
     experts_many: ExpertsMany
+    step: Step
     read: Callable[[int, int, int], int]
     """Read memory (threads, address, bytes) and do next to nothing with it: the ceiling of every product."""
     release: Callable[[], None]
@@ -152,13 +164,15 @@ def library() -> Library:
     except OSError as error:
         raise SeekVLError(f"the CPU kernels cannot be loaded ({error}); install seekvl again") from error
     i32, i64, address = c_int32, c_int64, c_void_p
+    _check_structures(native)
     native.seekvl_linear.argtypes = [*[i32] * 4, *[address] * 4, *[i64] * 3]
     native.seekvl_experts.argtypes = [*[i32] * 3, *[address] * 7, *[i64] * 4]
     native.seekvl_linear_many.argtypes = native.seekvl_linear.argtypes
     native.seekvl_experts_many.argtypes = native.seekvl_experts.argtypes
+    native.seekvl_step.argtypes = [*[i32] * 2, *[address] * 4]
     native.seekvl_read.argtypes = [i32, address, i64]
     native.seekvl_read.restype = c_uint64
-    for function in (native.seekvl_linear, native.seekvl_experts, native.seekvl_release):
+    for function in (native.seekvl_linear, native.seekvl_experts, native.seekvl_step, native.seekvl_release):
         function.restype = None
     bits = native.seekvl_levels()
     atexit.register(native.seekvl_release)
@@ -168,10 +182,25 @@ def library() -> Library:
         experts=native.seekvl_experts,
         linear_many=native.seekvl_linear_many,
         experts_many=native.seekvl_experts_many,
+        step=native.seekvl_step,
         read=native.seekvl_read,
         release=native.seekvl_release,
         workers=native.seekvl_workers,
     )
+
+
+def _check_structures(native: ctypes.CDLL) -> None:
+    """Refuse a library compiled from other sources: it would take other bytes for addresses."""
+    found = 0
+    if hasattr(native, "seekvl_structures"):
+        native.seekvl_structures.restype = c_int64
+        found = native.seekvl_structures()
+    wanted = structures.total_bytes()
+    if found != wanted:
+        raise SeekVLError(
+            f"the CPU kernels were compiled from other sources than this seekvl ({found} and {wanted} bytes "
+            "describe a decoding step); install seekvl again"
+        )
 
 
 def choose_level(name: str | None = None) -> str | None:

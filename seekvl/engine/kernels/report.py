@@ -1,17 +1,45 @@
 """What the kernels do on this machine, in a line."""
 
-import torch
+from dataclasses import replace
 
+import torch
+from torch import Tensor, nn
+
+from seekvl.engine.cache import KVCache
+from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.kernels.compiled import SWITCH, choose_level, library, missing
+from seekvl.engine.kernels.decoder import decode
 from seekvl.engine.kernels.products import MAX_ROWS, linear
+from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
+from seekvl.models.mla import MlaConfig
+from seekvl.models.moe import MoeConfig
 from seekvl.runtime import SeekVLError, torch_generator
 
 WIDTH = 515
 """No multiple of any vector."""
 
+STEP_LIMIT = 1e-5
+"""Largest difference of logits of size 1; float32 in two orders of summation leaves a tenth of it."""
+
+LATENT = DeepseekV2Config(
+    vocab_size=301,
+    width=66,
+    layers=2,
+    heads=3,
+    kv_heads=3,
+    mlp_width=75,
+    mla=MlaConfig(kv_rank=37, nope_width=13, rope_width=10, value_width=11),
+    moe=MoeConfig(experts=8, active=3, shared=1, width=21, scoring="softmax", choice="greedy"),
+    dense_first=1,
+)
+"""A language model with every part that a step has; with `mla` None it is one of plain attention."""
+
+TOKENS = (0, 1, 130, 257)
+"""What the rows of a step hold, and the token each is given."""
+
 
 def compare_with_torch() -> str:
-    """Multiply with the kernels and with torch, and say on which level and how far they are apart.
+    """Multiply and decode with the kernels and with torch; say on which level and how far they are apart.
 
     Raises SeekVLError where they differ by more than the order of summation explains, and for a level named
     by `SWITCH` that cannot be had.
@@ -22,11 +50,62 @@ def compare_with_torch() -> str:
     generator = torch_generator(0, "kernels")
     weight = torch.randn(WIDTH, WIDTH, generator=generator)
     x = torch.randn(MAX_ROWS, WIDTH, generator=generator)
-    worst = float((linear(x, weight, level=level).double() - x.double() @ weight.double().T).abs().max())
-    limit = WIDTH * 2.0**-24 * float((x.abs() @ weight.abs().T).max())
-    if not worst <= limit:
+    product = float((linear(x, weight, level=level).double() - x.double() @ weight.double().T).abs().max())
+    _check(
+        "a product", product, limit=WIDTH * 2.0**-24 * float((x.abs() @ weight.abs().T).max()), level=level
+    )
+    configs = (LATENT, replace(LATENT, mla=None))
+    step = max(step_difference(config, level=level) for config in configs)
+    _check("a decoding step", step, limit=STEP_LIMIT, level=level)
+    return (
+        f"{level} of {', '.join(library().levels)}; largest difference from torch "
+        f"{product:.1e} in a product, {step:.1e} in a step"
+    )
+
+
+def _check(what: str, found: float, *, limit: float, level: str) -> None:
+    """Refuse a difference above the limit, and one that is no number."""
+    if not found <= limit:
         raise SeekVLError(
-            f"{level} differs by {worst:.1e} from torch, at most {limit:.0e} is allowed; set {SWITCH}=off "
-            "and report it"
+            f"{level} differs by {found:.1e} from torch in {what}, at most {limit:.0e} is allowed; set "
+            f"{SWITCH}=off and report it"
         )
-    return f"{level} of {', '.join(library().levels)}; largest difference from torch {worst:.1e}"
+
+
+@torch.inference_mode()
+def step_difference(config: DeepseekV2Config, *, level: str) -> float:
+    """Return the largest difference of the logits of a decoding step, of a network with random weights."""
+    network = _random(DeepseekV2(config))
+    held = [_filled(config), _filled(config)]
+    n, (keys, values) = len(TOKENS), held[0].buffers
+    accelerate(network, level=level)
+    found = decode(network, TOKENS, slots=range(n), positions=TOKENS, keys=keys, values=values)
+    accelerate(network, level="off")
+    assert found is not None, "a network of our own classes on the CPU"
+    embeds = network.embed_tokens(torch.tensor(TOKENS).unsqueeze(1))
+    hidden = network(embeds, positions=held[1].positions(n), mask=held[1].mask(n), cache=held[1])
+    wanted: Tensor = network.lm_head(hidden[:, 0])
+    return float((found - wanted).abs().max())
+
+
+def _random(network: DeepseekV2) -> DeepseekV2:
+    """Give a network random weights that depend on nothing."""
+    generator = torch_generator(0, "weights of a step")
+    for name, parameter in network.named_parameters():
+        if name.endswith("norm.weight"):
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+    return network
+
+
+def _filled(config: DeepseekV2Config) -> KVCache:
+    """Make a cache whose rows hold `TOKENS` tokens."""
+    generator = torch_generator(0, "cache of a step")
+    held = KVCache(config, rows=len(TOKENS), device=torch.device("cpu"), dtype=torch.float32)
+    held.reserve(max(TOKENS) + 1)
+    for buffers in held.buffers:
+        for buffer in buffers:
+            buffer.normal_(generator=generator)
+    held.lengths = list(TOKENS)
+    return held

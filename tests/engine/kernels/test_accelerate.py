@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import seekvl
+from seekvl.engine import generate as steps
 from seekvl.engine.cache import KVCache
 from seekvl.engine.generate import embed_prompt, generate, prefill, step
 from seekvl.engine.kernels import accelerate as room
@@ -26,6 +27,7 @@ from seekvl.engine.kernels.compiled import LEVELS, SWITCH, Library
 from seekvl.engine.kernels.products import MAX_ROWS
 from seekvl.engine.request import Request, SamplingParams
 from seekvl.models.moe import Experts
+from seekvl.models.vl import VL
 from seekvl.models.vl2 import AnyVL, on_meta
 from seekvl.processing.encode import ModelInput
 from seekvl.weights.load import load_checkpoint
@@ -87,20 +89,37 @@ class Calls:
         return call
 
 
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch walk through the layers, as where one call cannot serve a network."""
+    monkeypatch.setattr(steps, "decode", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("way", ["whole", "layers"])
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_greedy_answers_are_the_golden_ones(folder: str, level: str) -> None:
-    """Every product of every decoding step, however small, alone and in a batch of up to eight rows."""
+def test_greedy_answers_are_the_golden_ones(
+    folder: str, way: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every decoding step in one call, or every product of it however small through the kernels; alone and in
+    a batch of up to eight rows.
+    """
     vlm, golden = load(folder), load_file(GOLDEN / folder / "cases.safetensors")
     accelerate(vlm.model.language, level=level, smallest=0)
+    if way == "layers":
+        layer_by_layer(monkeypatch)
     wanted = [golden[f"{name}/generated_ids"][0].tolist() for name in names(folder)]
     prompts = [encode(folder, name) for name in names(folder)]
     assert [greedy(vlm, inputs)[0] for inputs in prompts] == wanted
     assert greedy(vlm, *prompts * 4) == wanted * 4
 
 
+@pytest.mark.parametrize("way", ["whole", "layers"])
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_bfloat16_decodes_as_near_to_float32_as_torch_does(folder: str, level: str) -> None:
+def test_bfloat16_decodes_as_near_to_float32_as_torch_does(
+    folder: str, way: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tolerances are those of the whole network in bfloat16, see tests/parity."""
+    if way == "layers":
+        layer_by_layer(monkeypatch)
     half, full, inputs = load(folder, "bfloat16"), load(folder), encode(folder, "text_only")
     logits = {}
     for vlm, name in ((full, "off"), (half, "off"), (half, level)):
@@ -116,9 +135,8 @@ def test_bfloat16_decodes_as_near_to_float32_as_torch_does(folder: str, level: s
 
 
 @pytest.mark.parametrize("folder", ["vl1-siglip", "vl2-tiny-like"])
-def test_a_step_runs_through_the_kernels_and_of_a_prompt_what_gains(
-    folder: str, native: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_runs_through_the_kernels(folder: str, native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whole; layer by layer where it cannot be; of a prompt what gains, at least the head."""
     vlm, inputs = load(folder), encode(folder, "text_only")
     accelerate(vlm.model.language, smallest=0)
     calls = Calls(monkeypatch)
@@ -130,12 +148,38 @@ def test_a_step_runs_through_the_kernels_and_of_a_prompt_what_gains(
     gains = MOST_ROWS.get(native.levels[-1], {})
     short = len(inputs.input_ids) <= gains.get(torch.float32, MAX_ROWS)
     prompt = {"raw_linear": linears if short else 1, "raw_experts": experts if gains else 0}
-    assert calls.counts == prompt  # at least the head, of the last position only
-    step(vlm.model, [5], cache=held)
+    assert calls.counts == prompt  # of the last position only where it is the head
+    whole = step(vlm.model, [5], cache=held)
+    assert calls.counts == prompt
+    held.truncate(0, held.lengths[0] - 1)
+    handle = vlm.model.language.layers[0].register_forward_hook(lambda *_: None)
+    try:
+        single = step(vlm.model, [5], cache=held)
+    finally:
+        handle.remove()
     assert calls.counts == {
         "raw_linear": prompt["raw_linear"] + linears,
         "raw_experts": prompt["raw_experts"] + experts,
     }
+    assert (whole - single).abs().max() < 1e-4
+    assert held.lengths == [len(inputs.input_ids) + 1]
+
+
+def test_a_model_of_somebody_else_steps_as_it_says(native: Library) -> None:
+    class Louder(VL):
+        """Whose logits are not those of its language model."""
+
+        def head(self, hidden: Tensor) -> Tensor:
+            return 2 * super().head(hidden)
+
+    model = load_checkpoint(GOLDEN / "vl1-siglip", device="cpu", dtype="float32").model
+    accelerate(model.language)
+    logits = []
+    for kind in (VL, Louder):
+        model.__class__ = kind
+        held = KVCache(model.config.language, rows=1, device=torch.device("cpu"), dtype=torch.float32)
+        logits.append(step(model, [5], cache=held))
+    assert torch.allclose(logits[1], 2 * logits[0], atol=1e-4)
 
 
 def test_gradients_and_autocast_stay_as_they_were(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:

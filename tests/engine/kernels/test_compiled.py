@@ -50,6 +50,12 @@ def test_a_library_that_does_not_load(fresh: pytest.MonkeyPatch, tmp_path: Path)
     assert str(broken) in reason
 
 
+def test_a_library_of_other_sources(native: Library, fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(room.structures, "total_bytes", lambda: 8)
+    with pytest.raises(SeekVLError, match=r"compiled from other sources than this seekvl \(\d+ and 8 bytes"):
+        library()
+
+
 def test_off_needs_no_library_and_warns_of_nothing(
     fresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

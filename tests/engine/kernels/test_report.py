@@ -1,10 +1,15 @@
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from seekvl.engine.kernels import compiled as room
 from seekvl.engine.kernels import report
 from seekvl.engine.kernels.compiled import SWITCH, Library
+from seekvl.engine.kernels.decoder import decode
 from seekvl.engine.kernels.products import linear
 from seekvl.engine.kernels.report import compare_with_torch
 from seekvl.runtime import SeekVLError
@@ -14,7 +19,9 @@ def test_it_names_the_level_and_the_difference(level: str, monkeypatch: pytest.M
     monkeypatch.setenv(SWITCH, level)
     said = compare_with_torch()
     assert said.startswith(f"{level} of portable")
-    assert 0 < float(said.rpartition(" ")[2]) < 1e-3
+    product, step = (float(number) for number in re.findall(r"(\S+) in a", said))
+    assert 0 < product < 1e-3
+    assert 0 < step < report.STEP_LIMIT
 
 
 def test_it_says_why_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -35,5 +42,18 @@ def test_switched_off(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_product_is_an_error(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(report, "linear", lambda *args, **more: linear(*args, **more) + 0.1)
-    with pytest.raises(SeekVLError, match=r"differs by 1\.0e-01 from torch, at most"):
+    with pytest.raises(SeekVLError, match=r"differs by 1\.0e-01 from torch in a product, at"):
+        compare_with_torch()
+
+
+def test_a_wrong_step_is_an_error(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any, **more: Any) -> Tensor:
+        logits = decode(*args, **more)
+        assert logits is not None
+        logits[-1, 7] = torch.nan
+        return logits
+
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(report, "decode", wrong)
+    with pytest.raises(SeekVLError, match="differs by nan from torch in a decoding step, at most 1e-05"):
         compare_with_torch()

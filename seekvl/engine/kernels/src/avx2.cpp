@@ -17,6 +17,7 @@ struct Avx2 {
     using Vector = __m256;
 
     static Vector zero() { return _mm256_setzero_ps(); }
+    static Vector spread(float x) { return _mm256_set1_ps(x); }
 
     static Vector load(const float* from) { return _mm256_loadu_ps(from); }
     static Vector load(const F16Bits* from) { return _mm256_cvtph_ps(eight(from)); }
@@ -29,6 +30,11 @@ struct Avx2 {
 
     static Vector fma(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
     static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+    static Vector max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+    static Vector scaled(Vector a, Vector n) {
+        const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+        return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+    }
 
     static float sum(Vector a) {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

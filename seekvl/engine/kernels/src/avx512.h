@@ -17,6 +17,7 @@ struct Avx512 {
     using Vector = __m512;
 
     static Vector zero() { return _mm512_setzero_ps(); }
+    static Vector spread(float x) { return _mm512_set1_ps(x); }
 
     static Vector load(const float* from) { return _mm512_loadu_ps(from); }
     static Vector load(const F16Bits* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(sixteen(from))); }
@@ -30,6 +31,8 @@ struct Avx512 {
 
     static Vector fma(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
     static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+    static Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+    static Vector scaled(Vector a, Vector n) { return _mm512_scalef_ps(a, n); }
     static float sum(Vector a) { return _mm512_reduce_add_ps(a); }
     static void store(float* to, Vector a) { _mm512_storeu_ps(to, a); }
 

@@ -16,6 +16,7 @@ struct Neon {
     using Vector = float32x4_t;
 
     static Vector zero() { return vdupq_n_f32(0.0f); }
+    static Vector spread(float x) { return vdupq_n_f32(x); }
 
     static Vector load(const float* from) { return vld1q_f32(from); }
     static Vector load(const F16Bits* from) { return vcvt_f32_f16(vreinterpret_f16_u16(four(from))); }
@@ -26,6 +27,11 @@ struct Neon {
 
     static Vector fma(Vector a, Vector b, Vector sum) { return vfmaq_f32(sum, a, b); }
     static Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
+    static Vector max(Vector a, Vector b) { return vmaxq_f32(a, b); }
+    static Vector scaled(Vector a, Vector n) {
+        const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+        return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+    }
     static float sum(Vector a) { return vaddvq_f32(a); }
     static void store(float* to, Vector a) { vst1q_f32(to, a); }
 

@@ -13,6 +13,12 @@ struct Portable {
 
     static Vector zero() { return {}; }
 
+    static Vector spread(float x) {
+        Vector out;
+        for (int i = 0; i < 8; ++i) out.v[i] = x;
+        return out;
+    }
+
     template <class Stored>
     static Vector load(const Stored* from) {
         Vector out;
@@ -30,6 +36,19 @@ struct Portable {
 
     static Vector add(Vector a, Vector b) {
         for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
+        return a;
+    }
+
+    static Vector max(Vector a, Vector b) {
+        for (int i = 0; i < 8; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+        return b;
+    }
+
+    static Vector scaled(Vector a, Vector n) {
+        for (int i = 0; i < 8; ++i) {
+            const int exponent = n.v[i] > -127.0f ? static_cast<int>(n.v[i]) : -127;  // also where n is NaN
+            a.v[i] *= float_of(static_cast<uint32_t>(exponent + 127) << 23);
+        }
         return a;
     }
 

@@ -40,7 +40,20 @@ struct Level {
     void (*gated)(const Product&, const Operand& gate, const Operand& up, int64_t begin, int64_t end);
     void (*widen)(Dtype, const void* from, float* to, int64_t count);
     bool pairs;                 // whether the input may be BF16 where the weight is
+    // y[b, i] = sum over o of x[b, o] W[o, i], for `rows` rows of the matrix: the rows, weighted. x and y are F32;
+    // here, too, a batch equals its rows alone.
+    void (*mix)(const Product&, const Operand&, int64_t rows);
+    // y = x / sqrt(mean of x^2 + eps) * weight.
+    void (*norm)(Dtype, const void* weight, float eps, const float* x, float* y, int64_t width);
+    // x becomes e^(x - greatest); the sum of it is returned. Up to the next multiple of kExponentials numbers behind
+    // x are overwritten.
+    float (*exponentials)(float* x, int64_t count, float* greatest);
+    void (*narrow)(Dtype, const float* from, void* to, int64_t count);
 };
+
+constexpr int64_t kExponentials = 16;
+
+const Level& level_at(int32_t index);  // in the order of Python's LEVELS
 
 extern const Level portable, neon, avx2, avx512, avx512_bf16;
 

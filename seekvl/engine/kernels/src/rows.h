@@ -1,40 +1,23 @@
 // The product of streamed rows, written once for vectors of any machine.
 //
 // Decoding reads every weight once, so the order of reading is what counts: row after row as torch stores them,
-// with a prefetch a few rows ahead. The sum over a row runs in `chains` independent vectors, which hides the
+// and a touch of the pages to come. The sum over a row runs in `chains` independent vectors, which hides the
 // latency of the multiplication; the chains are the same whatever else is computed beside.
 //
 //     row o    | v0 v1 v2 v3 | v4 v5 v6 v7 | ... | tail
 //     chain      0  1  2  3    0  1  2  3          0 ..
-//
-// `Machine` gives vectors of float32: `Vector`, `lanes`, `zero`, `fma(a, b, sum)`, `sum(v)`, `store(p, v)`, and
-// for each stored kind `load(const Kind*)` and `load(const Kind*, n)`, which reads n numbers only and fills up
-// with zeros. `chains`, `batch` and `rows` say how much fits into its registers.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "numbers.h"
-#include "product.h"
-
-// A loop over sums must vanish whole: an index that is left at run time puts all of them into memory.
-#define UNROLL _Pragma("GCC unroll 8")
+#include "machine.h"
+#include "vectors.h"
 
 namespace seekvl {
 namespace {
 
-struct Bf16 { uint16_t bits; };
-struct F16Bits { uint16_t bits; };
-
-constexpr int64_t kAhead = 8192;     // bytes
-constexpr int64_t kLine = 64;        // bytes
 constexpr int64_t kGatedRows = 16;   // rows of `gate` after which as many of `up` follow
-
-inline void prefetch(const void* at) {
-    // An address and no pointer: it may lie behind the matrix, where a prefetch does nothing.
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + kAhead));
-}
 
 // Sums of R rows from `weight` on with B inputs.
 template <class Machine, class Weight, class Input, int R, int B>
@@ -47,12 +30,11 @@ inline void dot(const Weight* weight, const Input* const (&x)[B], int64_t width,
             UNROLL for (int c = 0; c < chains; ++c) sum[r][b][c] = Machine::zero();
     int64_t i = 0;
     for (; i + chains * lanes <= width; i += chains * lanes) {
+        if (i * sizeof(Weight) % kPage == 0) UNROLL for (int r = 0; r < R; ++r) prefetch(weight + r * width + i);
         UNROLL for (int c = 0; c < chains; ++c) {
             const int64_t at = i + c * lanes;
             UNROLL for (int r = 0; r < R; ++r) {
-                const Weight* from = weight + r * width + at;
-                if (c * lanes * sizeof(Weight) % kLine == 0) prefetch(from);
-                const auto w = Machine::load(from);
+                const auto w = Machine::load(weight + r * width + at);
                 UNROLL for (int b = 0; b < B; ++b)
                     sum[r][b][c] = Machine::fma(w, Machine::load(x[b] + at), sum[r][b][c]);
             }
@@ -160,17 +142,9 @@ void widen(Dtype dtype, const void* from, float* to, int64_t count) {
 
 template <class Machine>
 constexpr Level level_of() {
-    return {rows<Machine>, gated<Machine>, widen<Machine>, Machine::pairs};
+    return {rows<Machine>, gated<Machine>, widen<Machine>, Machine::pairs,
+            mix<Machine>, norm<Machine>, exponentials<Machine>, narrow};
 }
-
-// The first n numbers and zeros behind them, for machines that cannot load a part of a vector.
-template <class Stored, int lanes>
-struct Padded {
-    Stored values[lanes];
-    Padded(const Stored* from, int n) {
-        for (int i = 0; i < lanes; ++i) values[i] = i < n ? from[i] : Stored{};
-    }
-};
 
 }  // namespace
 }  // namespace seekvl

@@ -1,0 +1,266 @@
+"""A language model as the compiled step sees it: addresses and sizes.
+
+The weights stay where torch keeps them. A description holds their addresses, so it is only as good as what it
+was made from: `Description.stands` tells whether the network is still the same, and costs microseconds.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from types import MappingProxyType
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+from seekvl.engine.kernels.accelerate import KernelExperts, KernelLinear
+from seekvl.engine.kernels.products import DTYPES
+from seekvl.engine.kernels.structures import Layer, Matrix, Network, Norm, Router
+from seekvl.models import deepseek_v2, llama
+from seekvl.models.deepseek_v2 import DeepseekV2
+from seekvl.models.llama import Attention, Llama, Mlp, RmsNorm
+from seekvl.models.mla import Mla
+from seekvl.models.moe import Gate, Moe, MoeConfig
+
+PARTS = frozenset(
+    (
+        *(Llama, DeepseekV2, llama.Layer, deepseek_v2.Layer, Attention, Mla, Mlp, Moe, Gate, RmsNorm),
+        *(KernelLinear, KernelExperts, nn.Embedding, nn.ModuleList),
+    )
+)
+"""What a network may be made of. A subclass of these is somebody else's, and computes as he wants."""
+
+CHOICES = MappingProxyType({"greedy": 0, "group_limited": 1, "noaux_tc": 2})
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A parameter as it was found."""
+
+    tensor: ReferenceType[Tensor]
+    """Weak, so that nothing is kept that the network has given up."""
+    address: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def stands(self) -> bool:
+        """Whether it is in the same memory, as the same numbers."""
+        tensor = self.tensor()
+        return (
+            tensor is not None
+            and tensor.data_ptr() == self.address
+            and tensor.dtype is self.dtype
+            and tensor.shape == self.shape
+            and tensor.is_contiguous()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A module as it was found."""
+
+    module: ReferenceType[nn.Module]
+    kind: type[nn.Module]
+    level: int | None
+    children: tuple[int, ...]
+    """Identities, which are theirs as long as they live: of that their own entries take care."""
+    parameters: tuple[int, ...]
+    weights: tuple[_Weight, ...]
+    """Those parameters that are not None."""
+
+    def stands(self) -> bool:
+        """Whether it is what it was, and computes as its class says."""
+        module = self.module()
+        if type(module) is not self.kind:
+            return False
+        state = module.__dict__
+        return (
+            state.get("level") == self.level
+            and tuple(map(id, state["_modules"].values())) == self.children
+            and not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
+            and tuple(map(id, state["_parameters"].values())) == self.parameters
+            and all(weight.stands() for weight in self.weights)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A network and what the library knows of it."""
+
+    network: Network
+    level: int
+    """Index into `LEVELS`."""
+    vocab: int
+    """Rows of the embedding."""
+    cache_shapes: tuple[tuple[int, int], tuple[int, int]]
+    """(heads, width) of keys and of values, see `cache_shape` of the config."""
+    _parts: tuple[_Part, ...]
+    _kept: tuple[object, ...]
+    """Memory that the addresses lead to and no parameter owns."""
+
+    def stands(self) -> bool:
+        """Whether the network is still the one described: no module, class, hook or memory has changed."""
+        return all(part.stands() for part in self._parts)
+
+
+def describe(network: Llama | DeepseekV2) -> Description | None:
+    """Describe a network whose layers `accelerate` gave to the kernels; None where one step cannot serve it.
+
+    That is so where a part is not of the class of `PARTS`, where weights are of different dtypes, not
+    contiguous, elsewhere than on the CPU or of other sizes than the config says, and where somebody listens
+    with a hook.
+    """
+    if type(network.lm_head) is not KernelLinear:
+        return None
+    level = network.lm_head.level
+    parts = tuple(_look(module) for module in network.modules())
+    ours = (part.kind in PARTS and part.level in (None, level) and part.stands() for part in parts)
+    if not (all(ours) and all(map(_plain, network.parameters()))):
+        return None
+    dtypes = {weight.dtype for part in parts if part.kind is not Gate for weight in part.weights}
+    if len(dtypes) != 1 or not _fits(network):
+        return None
+    config = network.config
+    layers = (Layer * config.layers)(*(_layer(layer) for layer in network.layers))
+    exponent = torch.arange(0, _rotary(network), 2, dtype=torch.float32, device="cpu") / _rotary(network)
+    divisors = config.rope_theta**exponent  # as `rotary_table` has them, bit for bit
+    return Description(
+        network=_network(network, layers=ctypes.addressof(layers), divisors=divisors.data_ptr()),
+        level=level,
+        vocab=len(network.embed_tokens.weight),
+        cache_shapes=config.cache_shape,
+        _parts=parts,
+        _kept=(layers, divisors),
+    )
+
+
+def _look(module: nn.Module) -> _Part:
+    """Note what a module is made of."""
+    parameters = module._parameters.values()
+    return _Part(
+        module=ref(module),
+        kind=type(module),
+        level=module.__dict__.get("level"),
+        children=tuple(map(id, module._modules.values())),
+        parameters=tuple(map(id, parameters)),
+        weights=tuple(
+            _Weight(ref(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape)
+            for tensor in parameters
+            if tensor is not None and not tensor.is_meta
+        ),
+    )
+
+
+def _plain(weight: Tensor) -> bool:
+    """Whether a weight is numbers that the kernels read, in plain memory."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.is_cpu
+        and weight.layout == torch.strided
+        and weight.dtype in DTYPES
+    )
+
+
+def _rotary(network: Llama | DeepseekV2) -> int:
+    """Return the channels of a head that carry the position."""
+    config = network.config
+    return config.rope_width if isinstance(config, deepseek_v2.DeepseekV2Config) else config.head_width
+
+
+def _network(network: Llama | DeepseekV2, *, layers: int, divisors: int) -> Network:
+    """Fill in the dimensions."""
+    config = network.config
+    mla = config.mla if isinstance(config, deepseek_v2.DeepseekV2Config) else None
+    moe = config.moe if isinstance(config, deepseek_v2.DeepseekV2Config) else None
+    rotary = _rotary(network)
+    return Network(
+        width=config.width,
+        layer_count=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        rotary=rotary,
+        nope=0 if mla is None else mla.nope_width,
+        latent=0 if mla is None else mla.kv_rank,
+        value=rotary if mla is None else mla.value_width,
+        scale=config.head_width**-0.5,
+        divisors=divisors,
+        router=Router() if moe is None else _router(moe),
+        layers=layers,
+        norm=_norm(network.norm),
+        embed=_matrix(network.embed_tokens.weight),
+        head=_linear(network.lm_head),
+    )
+
+
+def _router(moe: MoeConfig) -> Router:
+    """Translate the config of the experts."""
+    return Router(
+        experts=moe.experts,
+        active=moe.active,
+        groups=moe.groups,
+        kept_groups=moe.kept_groups,
+        choice=CHOICES[moe.choice],
+        sigmoid=moe.scoring == "sigmoid",
+        normalise=moe.normalise,
+        scale=moe.scale,
+    )
+
+
+def _layer(layer: nn.Module) -> Layer:
+    """Translate a layer of either network."""
+    assert isinstance(layer, llama.Layer | deepseek_v2.Layer)
+    out = Layer(attn_norm=_norm(layer.attn_norm), mlp_norm=_norm(layer.mlp_norm))
+    attn, mlp = layer.attn, layer.mlp
+    out.q, out.o = _linear(attn.q_proj), _linear(attn.o_proj)
+    if isinstance(attn, Mla):
+        out.kv_a, out.kv_b = _linear(attn.kv_a_proj), _linear(attn.kv_b_proj)
+        out.latent_norm = _norm(attn.kv_a_norm)
+    else:
+        out.k, out.v = _linear(attn.k_proj), _linear(attn.v_proj)
+    if isinstance(mlp, Moe):
+        experts, gate = mlp.experts, mlp.gate
+        out.router = _matrix(gate.weight)
+        if gate.bias is not None:
+            out.router_bias, out.router_bias_kind = gate.bias.data_ptr(), DTYPES[gate.bias.dtype]
+        out.expert_gate, out.expert_up = _matrix(experts.gate_proj), _matrix(experts.up_proj)
+        out.expert_down = _matrix(experts.down_proj)
+    dense = mlp.shared if isinstance(mlp, Moe) else mlp
+    if dense is not None:
+        out.gate, out.up, out.down = (_linear(x) for x in (dense.gate_proj, dense.up_proj, dense.down_proj))
+    return out
+
+
+def _matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    """Translate a matrix f[o, i] or a stack f[E, o, i]."""
+    return Matrix(
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        rows=weight.shape[-2],
+        width=weight.shape[-1],
+        kind=DTYPES[weight.dtype],
+    )
+
+
+def _linear(layer: nn.Linear) -> Matrix:
+    """Translate a linear layer."""
+    return _matrix(layer.weight, layer.bias)
+
+
+def _norm(norm: RmsNorm) -> Norm:
+    """Translate a norm."""
+    return Norm(weight=norm.weight.data_ptr(), kind=DTYPES[norm.weight.dtype], eps=norm.eps)
+
+
+def _fits(network: Llama | DeepseekV2) -> bool:
+    """Whether all weights have the sizes that the config gives them: the library trusts it.
+
+    Embedding and head may have any number of rows, as after tokens were added.
+    """
+    with torch.device("meta"):
+        expected = Llama(network.config) if isinstance(network, Llama) else DeepseekV2(network.config)
+    found = dict(network.named_parameters(remove_duplicate=False))
+    wanted = dict(expected.named_parameters())
+    free = dict.fromkeys(("embed_tokens.weight", "lm_head.weight"), 1)  # axes that may be of any length
+    return found.keys() == wanted.keys() and all(
+        tensor.shape[free.get(name, 0) :] == wanted[name].shape[free.get(name, 0) :]
+        for name, tensor in found.items()
+    )
