@@ -18,6 +18,7 @@
 namespace seekvl {
 namespace {
 
+constexpr int64_t kLine = 64;       // bytes
 constexpr int64_t kWidened = 512;  // numbers of a row that are widened at a time: kStrip such rows fit into a cache
 
 using Sums = float[kStrip][kMostLanes];
