@@ -379,7 +379,8 @@ def decode_token(model: DeepseekV2, token: int, *, cache: KVCache, side: str) ->
         if logits is not None:
             return logits
     embeds = model.embed_tokens(torch.tensor([[token]]))
-    hidden = model(embeds, positions=cache.positions(1), cache=cache)
+    at = cache.at([0])
+    hidden = model(embeds, positions=at.positions(), cache=at)
     return model.lm_head(hidden[:, 0]).float()
 
 

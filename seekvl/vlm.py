@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seekvl.engine.choices import Constrain
-from seekvl.engine.generate import generate
+from seekvl.engine.budget import choose_limits
+from seekvl.engine.engine import Engine
 from seekvl.engine.kernels.accelerate import accelerate
-from seekvl.engine.prefix import Prefix
 from seekvl.engine.request import (
     Completion,
     FinishReason,
+    Form,
     Piece,
     Request,
     SamplingParams,
@@ -113,12 +113,14 @@ class VLM:
         self.model = model
         self.processor = processor
         self.prefill_chunk = prefill_chunk
-        """Most prompt tokens in one forward pass; None takes prompts whole where free memory allows. Answers
-        are the same.
-        """
+        """Most prompt tokens in one forward pass; None leaves it to `engine.budget.choose_limits`."""
         self.kernels = accelerate(model.language)
         """Level of the CPU kernels that decoding runs on (see `engine.kernels.compiled`); None where torch
         computes, as on a GPU.
+        """
+        self.engine = Engine(model, self.tokenizer, limits=choose_limits(model, chunk=prefill_chunk))
+        """What answers. It keeps beginnings of prompts and features of pictures for questions to come, and
+        serves calls from several threads together.
         """
 
     @property
@@ -153,7 +155,7 @@ class VLM:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Stop = None,
-        constrain: Constrain | None = None,
+        constrain: Form | None = None,
     ) -> Answer:
         """Answer a question about one picture or several, which stand in front of it; `[]` shows none."""
         return self.chat(
@@ -179,7 +181,7 @@ class VLM:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Stop = None,
-        constrain: Constrain | None = None,
+        constrain: Form | None = None,
         cancel: Cancel = None,
     ) -> Answer:
         """Answer a conversation; arguments as in `SamplingParams`. A last assistant message is continued.
@@ -211,7 +213,7 @@ class VLM:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Stop = None,
-        constrain: Constrain | None = None,
+        constrain: Form | None = None,
         cancel: Cancel = None,
     ) -> Generator[Piece, None, None]:
         """Answer piece by piece: the texts, joined, equal `chat(...).text`.
@@ -230,7 +232,7 @@ class VLM:
             stop=stop,
             constrain=constrain,
         )
-        return self._stream(messages, params, prefix=None, cancel=cancel)
+        return self._stream(messages, params, engine=self.engine, cancel=cancel)
 
     def batch(
         self,
@@ -243,13 +245,14 @@ class VLM:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Stop = None,
-        constrain: Constrain | None = None,
+        constrain: Form | None = None,
         cancel: Cancel = None,
     ) -> list[Answer]:
         """Answer conversations together, each as `chat` would alone; all of them are checked before the first
         is computed.
 
-        In float32 greedy answers are the same ids; in half precision a near-tie may fall the other way.
+        On a CPU no answer depends on the others by a single bit. On a GPU rows share products whose last bits
+        depend on how many they are: in half precision a near-tie may fall the other way.
 
         Raises SeekVLError naming the conversation that is at fault.
         """
@@ -273,9 +276,7 @@ class VLM:
                 requests.append(self._request(messages, params))
             except SeekVLError as error:
                 raise SeekVLError(f"conversation {index} of {len(conversations)}: {error}") from error
-        pieces = generate(
-            self.model, self.tokenizer, requests=requests, chunk=self.prefill_chunk, cancel=cancel
-        )
+        pieces = self.engine.answer(requests, cancel=cancel)
         done = {index: piece.completion for index, piece in pieces if piece.completion is not None}
         return [answer_of(done[index]) for index in range(len(requests))]
 
@@ -321,24 +322,18 @@ class VLM:
         )
 
     def _stream(
-        self, messages: Messages, params: SamplingParams, *, prefix: Prefix | None, cancel: Cancel
+        self, messages: Messages, params: SamplingParams, *, engine: Engine, cancel: Cancel
     ) -> Generator[Piece, None, None]:
         """Prepare one conversation now, and answer it as the iterator is drawn from."""
-        pieces = generate(
-            self.model,
-            self.tokenizer,
-            requests=[self._request(messages, params)],
-            prefix=prefix,
-            chunk=self.prefill_chunk,
-            cancel=cancel,
-        )
+        pieces = engine.answer([self._request(messages, params)], cancel=cancel)
         return (piece for _, piece in pieces)
 
 
 class Session:
     """A conversation that grows turn by turn; get one from `VLM.session`.
 
-    Words and pictures of earlier turns stay in the cache: only what is new is computed. A turn that is
+    Words and pictures of earlier turns stay in a cache of its own, the answers as they were computed token by
+    token: only what is new is computed. A turn that is
     cancelled, closed early or answered with no letter at all is not part of the conversation afterwards.
     """
 
@@ -347,7 +342,9 @@ class Session:
         self.system = system
         self.messages: tuple[Message, ...] = ()
         """The turns so far: user and assistant in turn."""
-        self._prefix = Prefix(vlm.model)
+        limits = choose_limits(vlm.model, rows=1, chunk=vlm.prefill_chunk, exact=False)
+        self._engine = Engine(vlm.model, vlm.tokenizer, limits=limits)
+        self._pieces: Generator[Piece, None, None] | None = None
         self._asked = 0
 
     def ask(
@@ -380,16 +377,23 @@ class Session:
         turn = user_message(question, opened)
         conversation = Conversation((*self.messages, turn), self.system)
         pieces = self.vlm._stream(
-            conversation, params or SamplingParams(), prefix=self._prefix, cancel=cancel
+            conversation, params or SamplingParams(), engine=self._engine, cancel=cancel
         )
-        self._asked += 1
+        self._overtake(pieces)
         return self._keep(turn, pieces, number=self._asked)
 
     def reset(self) -> None:
         """Forget the conversation; the system prompt stays."""
         self.messages = ()
+        self._overtake(None)
+        self._engine.forget()
+
+    def _overtake(self, pieces: Generator[Piece, None, None] | None) -> None:
+        """End the answer before, if it is not at its end, in favour of the next one."""
+        if self._pieces is not None:
+            self._pieces.close()
+        self._pieces = pieces
         self._asked += 1
-        self._prefix.clear()
 
     def _keep(self, turn: Message, pieces: Iterator[Piece], *, number: int) -> Generator[Piece, None, None]:
         """Pass pieces on, and take the turn into the conversation when its answer is whole."""

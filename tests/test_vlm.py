@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_ask_without_a_picture_and_with_several(vlm: seekvl.VLM) -> None:
 
 
 def test_the_answer_is_complete(vlm: seekvl.VLM) -> None:
+    vlm.engine.forget()  # the picture was shown before
     answer = vlm.chat(shown(PICTURE), max_new_tokens=6)
     assert answer.text == vlm.tokenizer.decode(answer.token_ids).lstrip()
     assert answer.finish_reason == "length"
@@ -126,9 +128,54 @@ def test_a_bad_conversation_stops_a_batch_before_it_starts(vlm: seekvl.VLM) -> N
 
 
 def test_cancelling_a_chat(vlm: seekvl.VLM) -> None:
-    asked = iter([False] * 4)
+    vlm.engine.forget()
+    asked = iter([False] * 6)
     answer = vlm.chat(shown(PICTURE), cancel=lambda: next(asked, True))
-    assert (answer.finish_reason, len(answer.token_ids)) == ("cancelled", 3)
+    assert answer.finish_reason == "cancelled"
+    assert len(answer.token_ids) == 4  # a picture, two pieces of the prompt, three steps
+
+
+def test_a_second_question_about_a_picture_needs_neither_tower_nor_the_shared_prompt(
+    vlm: seekvl.VLM,
+) -> None:
+    vlm.engine.forget()
+    first = vlm.ask(PICTURE, "What is this?", max_new_tokens=4)
+    second = vlm.ask(PICTURE, "And which colour has it?", max_new_tokens=4)
+    assert (first.timings.vision > 0, first.usage.cached_tokens) == (True, 0)
+    assert second.timings.vision == 0
+    assert second.usage.cached_tokens > second.usage.image_tokens == 36
+    vlm.engine.forget()
+    assert vlm.ask(PICTURE, "And which colour has it?", max_new_tokens=4).token_ids == second.token_ids
+
+
+def test_weights_that_change_between_questions_are_noticed() -> None:
+    vlm = seekvl.load(GOLDEN / "vl1-siglip", device="cpu", dtype="float32")
+    before = vlm.chat(shown(PICTURE), max_new_tokens=6)
+    with torch.no_grad():
+        vlm.model.vision.patch_embed.weight.mul_(-3)
+    fresh = seekvl.VLM(vlm.model, vlm.processor).chat(shown(PICTURE), max_new_tokens=6)
+    after = vlm.chat(shown(PICTURE), max_new_tokens=6)
+    assert after.token_ids == fresh.token_ids != before.token_ids
+    assert after.usage.cached_tokens == 0
+    vlm.model.to(torch.bfloat16)
+    half = vlm.chat(shown(PICTURE), max_new_tokens=2)
+    assert (len(half.token_ids), half.usage.cached_tokens) == (2, 0)
+
+
+def test_threads_share_the_model_and_get_their_own_answers(vlm: seekvl.VLM) -> None:
+    questions = ["Hello?", "What is this?", "Why is it red?", "Who are you?"]
+    alone = [vlm.ask(PICTURE, question, max_new_tokens=6).token_ids for question in questions]
+    found: dict[int, list[int]] = {}
+
+    def ask(index: int) -> None:
+        found[index] = vlm.ask(PICTURE, questions[index], max_new_tokens=6).token_ids
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[index] for index in range(4)] == alone
 
 
 def test_closing_a_stream_stops_it(vlm: seekvl.VLM) -> None:

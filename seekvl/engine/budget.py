@@ -1,7 +1,7 @@
-"""How much of a prompt fits into free memory at once: tokens of a prefill, tiles of a vision tower.
+"""How much fits into free memory: tokens of a prefill and tiles of a tower at once, and the cache.
 
-Splitting changes no answer, only the peak. The estimates take the least favourable kernel, one that writes
-attention scores out, so they err on the side of smaller pieces.
+Splitting changes no answer but for the last bits, only the peak. The estimates take the least favourable
+kernel, one that writes attention scores out, so they err on the side of smaller pieces.
 """
 
 import os
@@ -9,12 +9,30 @@ from pathlib import Path
 
 import torch
 
+from seekvl.engine.cache import token_bytes
+from seekvl.engine.scheduler import Limits
 from seekvl.models.deepseek_v2 import DeepseekV2Config
 from seekvl.models.llama import LlamaConfig
 from seekvl.models.siglip import SiglipConfig
+from seekvl.models.vl2 import VL2, AnyVL
 
 SHARE = 0.5
 """Part of the free memory that one pass may take; the rest is for everybody else."""
+
+CACHE_SHARE = 0.4
+"""Part of the free memory that the cache of an engine may take."""
+
+FEATURE_SHARE = 0.02
+"""Part of the free memory that features of pictures may take; one of DeepSeek-VL 1.3B takes 2.4 MB."""
+
+MOST_TOKENS = 512
+"""A piece of a prompt is never longer: running answers wait for it, and 512 rows keep any product busy."""
+
+ROWS = {"cpu": 8, "cuda": 64}
+"""Answers that grow at once. Eight is what the CPU's kernels take in a step."""
+
+GUESS = 4
+"""Tokens guessed ahead; longer guesses are seldom right to their end."""
 
 LEAST_TOKENS = 64
 """A prefill never goes below this many tokens a pass: smaller pieces save little and cost much."""
@@ -42,6 +60,59 @@ def tower_tiles(config: SiglipConfig, *, itemsize: int, free: int) -> int:
     channels = 8 * config.width + 2 * config.mlp_width
     one = config.heads * patches**2 * SCORE_BYTES + patches * channels * itemsize
     return max(1, int(free * SHARE) // one)
+
+
+def tiles_at_once(model: AnyVL) -> int | None:
+    """Return how many tiles of a picture fit into free memory, a power of two; None where pictures have none.
+
+    A power of two, so that a little more or less memory does not change the last bits of a picture.
+    """
+    if not isinstance(model, VL2):
+        return None
+    weight = model.language.embed_tokens.weight
+    free = free_bytes(weight.device)
+    return _power_of_two(tower_tiles(model.config.vision, itemsize=weight.element_size(), free=free))
+
+
+def choose_limits(
+    model: AnyVL,
+    *,
+    rows: int | None = None,
+    cache_bytes: int | None = None,
+    chunk: int | None = None,
+    queue: int | None = None,
+    exact: bool | None = None,
+    guess: int | None = None,
+) -> Limits:
+    """Return the limits of an engine on this machine; what is None follows from the model and free memory.
+
+    exact: by default on a CPU only. There a row is computed as if it were alone at little cost; torch on an
+    accelerator would have to take the rows one by one. guess: by default only with it, where a guess cannot
+    change an answer by its last bits.
+    """
+    weight, config = model.language.embed_tokens.weight, model.config.language
+    free, limit = free_bytes(weight.device), config.max_positions
+    if cache_bytes is None:
+        cache_bytes = int(free * CACHE_SHARE)
+    if chunk is None:
+        fits = prefill_tokens(config, total=limit, itemsize=weight.element_size(), free=free)
+        chunk = min(MOST_TOKENS, _power_of_two(fits))
+    if exact is None:
+        exact = weight.device.type == "cpu"
+    return Limits(
+        rows=ROWS.get(weight.device.type, ROWS["cuda"]) if rows is None else rows,
+        tokens=max(1, cache_bytes // token_bytes(config, itemsize=weight.element_size())),
+        longest=limit,
+        chunk=chunk,
+        queue=queue,
+        exact=exact,
+        guess=(GUESS if exact else 0) if guess is None else guess,
+    )
+
+
+def _power_of_two(value: int) -> int:
+    """Return the largest power of two that is not above a value of at least 1."""
+    return 1 << (value.bit_length() - 1)
 
 
 def free_bytes(device: torch.device) -> int:

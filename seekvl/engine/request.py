@@ -1,8 +1,9 @@
 """What is asked of the engine, and what it gives back."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 from seekvl.engine.choices import Constrain
 from seekvl.processing.encode import ModelInput
@@ -12,6 +13,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 PENALTIES = (0.001, 1000.0)
 """Least and greatest repetition penalty: far beyond what anybody means, and no logit overflows by them."""
+
+Form: TypeAlias = Constrain | Literal["json"] | tuple[str, ...] | list[str] | Mapping[str, object]
+"""The form an answer is held to, see `SamplingParams.constrain`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +40,13 @@ class SamplingParams:
     """Makes draws repeatable; None: fresh ones each time."""
     stop: str | tuple[str, ...] | None = None
     """The answer ends before the first of these strings in its text."""
-    constrain: Constrain | None = None
+    constrain: Form | None = None
     """"boxes": the grounding of the answer is well-formed, whatever the model would say; "box_first": and the
-    answer starts with a box. None: no constraint.
+    answer starts with a box. A list of texts: the answer is one of them. "json": it is a JSON object; a
+    mapping: JSON that this JSON schema allows, which needs the extra `json`. None: no constraint.
 
-    Only tokens with text are offered then. Cancelled answers may end inside of a box, no others; numbers of
-    boxes are exempt from the repetition penalty.
+    Only tokens with text are offered then. Cancelled answers may end inside of a box or text of the list, no
+    others; JSON may also be cut by "length". Numbers of boxes are exempt from the repetition penalty.
     """
 
     def __post_init__(self) -> None:
@@ -68,11 +73,10 @@ class SamplingParams:
         for text in self.stops:
             if not isinstance(text, str) or not text:
                 raise SeekVLError(f"stop holds {text!r}; each stop string needs at least one letter")
-        if self.constrain not in (None, *get_args(Constrain)):
-            known = ", ".join(map(repr, get_args(Constrain)))
-            raise SeekVLError(f"constrain is {self.constrain!r}; use {known} or None")
-        if self.constrain is not None and self.stops:
-            raise SeekVLError("a stop string may cut a box in two: use constrain or stop, not both")
+        if self.constrain is not None:
+            _form(self.constrain)
+            if self.stops:
+                raise SeekVLError("a stop string may cut a box in two: use constrain or stop, not both")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -188,3 +192,26 @@ def _number(name: str, value: object) -> None:
     """Refuse what is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise SeekVLError(f"{name} must be a finite number, not {value!r}")
+
+
+def _form(value: object) -> None:
+    """Refuse what is no form of an answer."""
+    if isinstance(value, list | tuple):
+        if not value:
+            raise SeekVLError("constrain is an empty list; give it the texts that may be the answer")
+        for text in value:
+            if not isinstance(text, str) or not text or text != text.strip():
+                raise SeekVLError(
+                    f"constrain lists {text!r}; each text needs letters, and no space at its ends, where "
+                    "answers have none"
+                )
+            if not _is_unicode(text):
+                raise SeekVLError(f"constrain lists {text!r}, which holds a lone surrogate")
+    elif not isinstance(value, Mapping) and value not in (*get_args(Constrain), "json"):
+        known = ", ".join(map(repr, (*get_args(Constrain), "json")))
+        raise SeekVLError(f"constrain is {value!r}; use {known}, a list of texts, a JSON schema or None")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -62,7 +62,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 def choose_one(logits: Tensor, sampler: Sampler) -> int:
     """Choose the next token from logits f32[v]."""
     params, constraint, scores = sampler.params, sampler.constraint, logits
-    if constraint is None or not constraint.in_list:
+    if constraint is None or not constraint.exempt:
         seen = sampler.prompt.union(sampler.generated)
         scores = penalise(logits, seen, penalty=params.repetition_penalty)
     if constraint is None:

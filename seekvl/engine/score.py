@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seekvl.engine.cache import KVCache
-from seekvl.engine.generate import embed_prompt, prefill, prefill_hidden
+from seekvl.engine.forward import embed_prompt, prefill, prefill_hidden
 from seekvl.models.vl2 import AnyVL
 from seekvl.processing.encode import ModelInput
 from seekvl.runtime import SeekVLError
@@ -68,9 +68,8 @@ def _score(model: AnyVL, first: Tensor, ids: Sequence[int], *, cache: KVCache, p
     if len(ids) > 1:
         cache.reserve(prompt + len(ids))
         view, count = cache.row(0), len(ids) - 1
-        positions = torch.arange(prompt, prompt + count, device=first.device).unsqueeze(0)
         embeds = model.embed(target[None, :-1])  # 1 c-1 d
-        hidden = model.hidden(embeds, positions=positions, mask=view.mask(count), cache=view)
+        hidden = model.hidden(embeds, positions=view.positions(count), mask=view.mask(count), cache=view)
         for begin in range(0, count, HEAD_ROWS):
             rows = model.head(hidden[0, begin : begin + HEAD_ROWS]).float().log_softmax(-1)
             picked = rows.gather(1, target[begin + 1 : begin + 1 + len(rows), None])
@@ -84,7 +83,7 @@ def _score(model: AnyVL, first: Tensor, ids: Sequence[int], *, cache: KVCache, p
 
 @torch.inference_mode()
 def prompt_logits(model: AnyVL, inputs: ModelInput, *, chunk: int | None = None) -> Tensor:
-    """Return the logits f32[t, v] after each token of a prompt, on the CPU; chunk as in `generate`."""
+    """Return the logits f32[t, v] after each token of a prompt, on the CPU; chunk as in `prefill`."""
     length, limit = len(inputs.input_ids), model.config.language.max_positions
     if length > limit:
         raise SeekVLError(

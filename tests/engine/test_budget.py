@@ -4,8 +4,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import seekvl
 from seekvl.engine import budget
-from seekvl.engine.budget import LEAST_TOKENS, free_bytes, prefill_tokens, tower_tiles
+from seekvl.engine.budget import (
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    choose_limits,
+    free_bytes,
+    prefill_tokens,
+    tiles_at_once,
+    tower_tiles,
+)
+from seekvl.engine.cache import token_bytes
 from seekvl.models.vl2 import VL2Config
 from seekvl.presets import CHECKPOINTS
 
@@ -71,3 +81,31 @@ def test_the_tighter_of_machine_and_container_counts(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(budget, "_machine_bytes", lambda: None)
     monkeypatch.setattr(budget, "_container_bytes", lambda: None)
     assert free_bytes(torch.device("cpu")) == 2**30
+
+
+def test_limits_follow_from_the_model_and_the_memory(
+    vlm: seekvl.VLM, tiled: seekvl.VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "free_bytes", lambda _: GB)
+    limits = choose_limits(vlm.model)
+    config = vlm.config.language
+    assert limits.tokens == int(0.4 * GB) // token_bytes(config, itemsize=4)
+    assert (limits.rows, limits.longest, limits.exact, limits.queue) == (8, config.max_positions, True, None)
+    assert limits.guess > choose_limits(vlm.model, exact=False).guess == 0
+    given = choose_limits(vlm.model, rows=3, cache_bytes=10**6, chunk=7, queue=4, exact=False, guess=2)
+    assert (given.rows, given.chunk, given.queue, given.exact, given.guess) == (3, 7, 4, False, 2)
+    assert given.tokens == 10**6 // token_bytes(config, itemsize=4)
+    assert tiles_at_once(vlm.model) is None
+    monkeypatch.setattr(budget, "free_bytes", lambda _: 0)
+    assert (choose_limits(vlm.model).chunk, tiles_at_once(tiled.model)) == (LEAST_TOKENS, 1)
+
+
+def test_a_little_more_memory_changes_no_piece(
+    vlm: seekvl.VLM, tiled: seekvl.VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = set()
+    for free in range(1, 64):
+        monkeypatch.setattr(budget, "free_bytes", lambda _, free=free: free * GB // 8)
+        found.add((choose_limits(vlm.model).chunk, tiles_at_once(tiled.model)))
+    assert len(found) <= 12
+    assert {chunk for chunk, _ in found} <= {64, 128, 256, MOST_TOKENS}

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 import seekvl
 from seekvl.data.collate import collate
 from seekvl.engine.cache import KVCache
-from seekvl.engine.generate import embed_prompt, generate, prefill
+from seekvl.engine.forward import embed_prompt, prefill
+from seekvl.engine.generate import generate
 from seekvl.engine.request import Completion, Request, SamplingParams
 from seekvl.engine.score import prompt_logits
 from seekvl.models.vl2 import VL2

@@ -71,6 +71,15 @@ def decode(
     return logits
 
 
+def serves(network: Llama | DeepseekV2, *, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+    """Whether `decode` computes a step of this network and this cache, gradients and autocast aside.
+
+    Raises SeekVLError for buffers of another network.
+    """
+    found = _description(network)
+    return found is not None and _served(found, keys, values)
+
+
 def _step(
     found: Description,
     cache: Cache,

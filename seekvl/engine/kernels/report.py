@@ -83,7 +83,8 @@ def step_difference(config: DeepseekV2Config, *, level: str) -> float:
     accelerate(network, level="off")
     assert found is not None, "a network of our own classes on the CPU"
     embeds = network.embed_tokens(torch.tensor(TOKENS).unsqueeze(1))
-    hidden = network(embeds, positions=held[1].positions(n), mask=held[1].mask(n), cache=held[1])
+    at = held[1].at(range(n))
+    hidden = network(embeds, positions=at.positions(), mask=at.mask(), cache=at)
     wanted: Tensor = network.lm_head(hidden[:, 0])
     return float((found - wanted).abs().max())
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import seekvl
-from seekvl.engine import generate as steps
+from seekvl.engine import forward as steps
 from seekvl.engine.cache import KVCache
-from seekvl.engine.generate import embed_prompt, generate, prefill, step
+from seekvl.engine.forward import embed_prompt, prefill, step
+from seekvl.engine.generate import generate
 from seekvl.engine.kernels import accelerate as room
 from seekvl.engine.kernels.accelerate import (
     KERNELS,
@@ -126,7 +127,8 @@ def test_bfloat16_decodes_as_near_to_float32_as_torch_does(
         accelerate(vlm.model.language, level=name, smallest=0)
         held = KVCache(vlm.config.language, rows=1, device=vlm.device, dtype=vlm.dtype)
         prefill(vlm.model, inputs, cache=held, row=0)
-        steps = [step(vlm.model, [token], cache=held) for token in (5, 6, 7)]
+        held.reserve(len(inputs.input_ids) + 3)
+        steps = [step(vlm.model, [token], cache=held, slots=[0]) for token in (5, 6, 7)]
         logits[vlm.dtype, name] = torch.cat(steps)
     wanted = logits[torch.float32, "off"]
     theirs, ours = ((logits[torch.bfloat16, name] - wanted).abs() for name in ("off", level))
@@ -149,12 +151,13 @@ def test_what_runs_through_the_kernels(folder: str, native: Library, monkeypatch
     short = len(inputs.input_ids) <= gains.get(torch.float32, MAX_ROWS)
     prompt = {"raw_linear": linears if short else 1, "raw_experts": experts if gains else 0}
     assert calls.counts == prompt  # of the last position only where it is the head
-    whole = step(vlm.model, [5], cache=held)
+    held.reserve(len(inputs.input_ids) + 1)
+    whole = step(vlm.model, [5], cache=held, slots=[0])
     assert calls.counts == prompt
     held.truncate(0, held.lengths[0] - 1)
     handle = vlm.model.language.layers[0].register_forward_hook(lambda *_: None)
     try:
-        single = step(vlm.model, [5], cache=held)
+        single = step(vlm.model, [5], cache=held, slots=[0])
     finally:
         handle.remove()
     assert calls.counts == {
@@ -178,7 +181,8 @@ def test_a_model_of_somebody_else_steps_as_it_says(native: Library) -> None:
     for kind in (VL, Louder):
         model.__class__ = kind
         held = KVCache(model.config.language, rows=1, device=torch.device("cpu"), dtype=torch.float32)
-        logits.append(step(model, [5], cache=held))
+        held.reserve(1)
+        logits.append(step(model, [5], cache=held, slots=[0]))
     assert torch.allclose(logits[1], 2 * logits[0], atol=1e-4)
 
 

@@ -143,7 +143,8 @@ def by_torch(network: Network, held: KVCache) -> Tensor:
     accelerate(network, level="off")
     n = len(held.lengths)
     tokens = torch.tensor(ids(tuple(held.lengths))).unsqueeze(1)
-    hidden = network(network.embed_tokens(tokens), positions=held.positions(n), mask=held.mask(n), cache=held)
+    at = held.at(range(n))
+    hidden = network(network.embed_tokens(tokens), positions=at.positions(), mask=at.mask(), cache=at)
     logits: Tensor = network.lm_head(hidden[:, 0]).float()
     return logits
 

@@ -1,0 +1,142 @@
+"""Does what the scheduler decided: shapes the cache, encodes pictures, fills prompts, feeds tokens.
+
+Nothing is decided here but what a step's rows must share to give the numbers they would give alone.
+
+Letters: n tokens of a step, v vocabulary, s slots of a picture, d language width.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from seekvl.engine.budget import FEATURE_SHARE, free_bytes, tiles_at_once
+from seekvl.engine.cache import KVCache
+from seekvl.engine.forward import embed_piece, exact_rows, feed, step
+from seekvl.engine.pictures import Features, encode_picture
+from seekvl.engine.prompt import Shown
+from seekvl.engine.scheduler import Plan
+from seekvl.models.vl2 import AnyVL
+from seekvl.processing.encode import ModelInput
+
+GUESSED = 8
+"""Most guessed tokens where torch checks them, which takes one row at a time."""
+
+
+class Runner:
+    """A network with its cache and the features of the pictures it saw."""
+
+    def __init__(self, model: AnyVL, *, exact: bool) -> None:
+        self.model = model
+        self.exact = exact
+        """Whether every row gets the numbers it would get alone."""
+        self.cache = _new_cache(model)
+        self.features = Features(int(FEATURE_SHARE * free_bytes(self.cache.device)))
+        self._tiles = tiles_at_once(model)
+        self._mark = weights_mark(model)
+
+    def spare(self, rows: int) -> int:
+        """Return how many guessed tokens a step may take beside one token for each of so many rows."""
+        if self.exact:
+            return max(0, exact_rows(self.model, self.cache) - rows)
+        return GUESSED if rows == 1 else 0
+
+    def refresh(self) -> bool:
+        """Forget features when the weights are others than before; return whether they are."""
+        mark = weights_mark(self.model)
+        changed, self._mark = mark != self._mark, mark
+        if changed:
+            self.features.clear()
+        return changed
+
+    def reset(self) -> None:
+        """Begin with an empty cache, where and of what dtype the weights are now."""
+        self.cache = _new_cache(self.model)
+
+    def prepare(self, plan: Plan) -> None:
+        """Give the cache the shape of a plan, and a job that begins its slot."""
+        self.cache.resize(rows=plan.rows, capacity=plan.capacity)
+        if (placed := plan.placement) is not None:
+            self.cache.copy(placed.source, placed.slot, length=placed.shared)
+
+    @torch.inference_mode()
+    def encode(self, inputs: ModelInput, *, index: int, digest: bytes) -> Tensor:
+        """Return the rows f[s, d] of a picture."""
+        rows = self.features.get(digest)
+        if rows is None:
+            rows = encode_picture(self.model, inputs, index=index, chunk=self._tiles)
+            self.features.put(digest, rows)
+            _wait(rows)
+        return rows
+
+    @torch.inference_mode()
+    def fill(
+        self,
+        inputs: ModelInput,
+        *,
+        slot: int,
+        start: int,
+        end: int,
+        pictures: Sequence[Shown],
+        features: Mapping[int, Tensor],
+    ) -> Tensor | None:
+        """Put tokens start..end of a prompt into a slot; after its last return the logits f32[v].
+
+        features: the rows of those pictures that lie among the tokens, by their number.
+        """
+        self.cache.truncate(slot, start)
+        parts = [
+            features[index][max(start - shown.start, 0) : end - shown.start]
+            for index, shown in enumerate(pictures)
+            if shown.start < end and shown.end > start
+        ]
+        rows = torch.cat(parts) if parts else None
+        embeds = embed_piece(self.model, inputs, start=start, end=end, features=rows)  # 1 t d
+        hidden = feed(self.model, embeds, cache=self.cache, slot=slot)  # 1 t d
+        if end < len(inputs.input_ids):
+            _wait(hidden)
+            return None
+        logits = self.model.head(hidden[0, -1]).float()
+        _wait(logits)
+        return logits
+
+    @torch.inference_mode()
+    def decode(self, slots: Sequence[int], tokens: Sequence[int], *, held: Mapping[int, int]) -> Tensor:
+        """Feed tokens to slots, see `forward.step`; return the logits f32[n, v].
+
+        held: tokens that each of the slots holds.
+        """
+        for slot, length in held.items():
+            self.cache.truncate(slot, length)
+        size = exact_rows(self.model, self.cache) if self.exact else len(slots)
+        logits = [
+            step(
+                self.model, tokens[begin : begin + size], cache=self.cache, slots=slots[begin : begin + size]
+            )
+            for begin in range(0, len(slots), size)
+        ]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+
+def weights_mark(model: AnyVL) -> int:
+    """Return a number that changes when weights are exchanged, moved, or changed in place.
+
+    What a cache holds is worth nothing then. An assignment through `.data` into the same memory goes unseen.
+    """
+    tensors = chain(model.parameters(), model.buffers())
+    return hash(
+        tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+    )
+
+
+def _new_cache(model: AnyVL) -> KVCache:
+    """Make an empty cache beside the model's weights."""
+    weight = model.language.embed_tokens.weight
+    return KVCache(model.config.language, rows=1, device=weight.device, dtype=weight.dtype)
+
+
+def _wait(tensor: Tensor) -> None:
+    """Let a GPU finish, so that the clock tells the truth."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
