@@ -14,11 +14,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOM = Path("seekvl/engine/kernels")
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2)
 X86_FLAGS = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": (*AVX512, "-mavx512bf16"),
+    "packed_avx2": AVX2,
+    "packed_vnni": (*AVX512, "-mavx512vnni"),
 }
 """What the sources of a level may use beyond the baseline; on other processors they compile to nothing."""
 
@@ -38,6 +41,8 @@ class BuildKernels(build_ext):
         objects: list[str] = []
         for source in ext.sources:
             level = X86_FLAGS.get(Path(source).stem, ()) if x86 else ()
+            if Path(source).stem.startswith("packed"):
+                level = (*level, "-ffp-contract=off")  # inputs are rounded alike on every level
             objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,

@@ -3,7 +3,8 @@
 The matrices are those of DeepSeek-VL-1.3B and DeepSeek-VL2-tiny. From some ten rows on it is no longer the
 reading that takes the time, and only the ratio of the sides tells something. Each figure reads fresh copies,
 more than any cache holds; ours, torch and the plain read of the same memory take turns, and each shows its
-median and its best.
+median and its best. With --dtype int8 or int4 ours are quantised, and torch multiplies as many in bfloat16;
+all GB/s are of ours, so that ratios are those of time.
 
     python benchmarks/kernels.py --threads 2 --json
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from seekvl.engine.kernels.compiled import Library
 
 PEER = "torch"
+KINDS = ("int8", "int4")
 PAUSE = 0.01
 """Seconds between two sides: the threads of the one before spin for a while, on the cores of the next."""
 Run = Callable[[], object]
@@ -90,7 +92,7 @@ def main() -> None:
     if not wait_until_quiet(seconds=args.quiet):
         print("the machine is not idle; ratios may hold, absolute figures do not", file=sys.stderr)
     neighbours = Neighbours()
-    native, dtype = library(), getattr(torch, args.dtype)
+    native, dtype = library(), getattr(torch, "bfloat16" if args.dtype in KINDS else args.dtype)
     print(f"{level}, {args.dtype}, {args.threads} threads, torch {torch.__version__}; GB/s, median (best)\n")
     heads = ("ours", PEER, f"{PEER}, no oneDNN", "read", "ours/read", "ours/torch")
     print(f"{'matrix':<18}{'rows of x':>10}" + "".join(f"{head:>18}" for head in heads))
@@ -110,7 +112,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="rows of x")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32", *KINDS), default="bfloat16")
     parser.add_argument("--level", help="level of the kernels, the fastest by default")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--memory", type=int, default=256, help="MiB of weights a turn reads")
@@ -133,7 +135,8 @@ def measure(
     """Let the sides take turns over as many copies of the weights as fill the memory asked for."""
     import torch
 
-    sides, weights, share = (experts if shape.experts else matrices)(shape, batch, dtype, level, args)
+    plain, quantised = (experts, packed_experts) if shape.experts else (matrices, packed_matrices)
+    sides, weights, share = (quantised if args.dtype in KINDS else plain)(shape, batch, dtype, level, args)
     read_bytes = int(weights.nbytes * share)
     sides["read"] = lambda: native.read(args.threads, weights.data_ptr(), read_bytes)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -215,6 +218,83 @@ def experts(shape: Shape, batch: int, dtype: "torch.dtype", level: str, args: ar
             model(x, experts=ids, weights=shares)
 
     return {"ours": ours, PEER: theirs, "plain": theirs}, weights, chosen.numel() / shape.experts
+
+
+def packed_matrices(
+    shape: Shape, batch: int, dtype: "torch.dtype", level: str, args: argparse.Namespace
+) -> Work:
+    """Multiply with one quantised copy of a matrix after the other, and torch with as many plain ones."""
+    import torch
+    import torch.nn.functional as F
+
+    from seekvl.engine.kernels.compiled import LEVELS
+    from seekvl.engine.kernels.packed import raw_packed_linear
+    from seekvl.models.quantized import packed_shape
+
+    tiles, size = packed_shape(args.dtype, shape.rows, shape.width)
+    weights = torch.randint(
+        0x30, 0x40, (max(1, (args.memory << 20) // (tiles * size)), tiles, size), dtype=torch.uint8
+    )
+    plain = torch.empty(len(weights), shape.rows, shape.width, dtype=dtype).normal_(std=0.02)
+    x = torch.randn(batch, shape.width).to(dtype)
+
+    def ours() -> None:
+        for weight in weights:
+            raw_packed_linear(
+                x,
+                weight,
+                None,
+                kind=args.dtype,
+                rows=shape.rows,
+                level=LEVELS.index(level),
+                threads=args.threads,
+            )
+
+    def theirs() -> None:
+        for weight in plain:
+            F.linear(x, weight)
+
+    return {"ours": ours, PEER: theirs, "plain": theirs}, weights, 1.0
+
+
+def packed_experts(
+    shape: Shape, batch: int, dtype: "torch.dtype", level: str, args: argparse.Namespace
+) -> Work:
+    """Send tokens through quantised experts, and through plain ones."""
+    import torch
+
+    from seekvl.engine.kernels.packed import packed_experts as through
+    from seekvl.models.quantized import packed_shape
+
+    plain, _, share = experts(shape, batch, dtype, level, args)
+    wide = packed_shape(args.dtype, shape.rows, shape.width)
+    narrow = packed_shape(args.dtype, shape.width, shape.rows)
+    sizes = [shape.experts * tiles * size for tiles, size in (wide, wide, narrow)]
+    weights = torch.randint(0x30, 0x40, (sum(sizes),), dtype=torch.uint8)
+    parts = torch.split(weights, sizes)
+    gate, up, down = (
+        part.view(shape.experts, *form) for part, form in zip(parts, (wide, wide, narrow), strict=True)
+    )
+    x, shares = torch.randn(batch, shape.width).to(dtype), torch.rand(batch, shape.active)
+    calls = max(1, shape.experts // (batch * shape.active))
+    chosen = torch.arange(calls * batch * shape.active).view(calls, batch, shape.active) % shape.experts
+
+    def ours() -> None:
+        for ids in chosen:
+            through(
+                x,
+                experts=ids,
+                weights=shares,
+                gate=gate,
+                up=up,
+                down=down,
+                kind=args.dtype,
+                width=shape.rows,
+                level=level,
+                threads=args.threads,
+            )
+
+    return plain | {"ours": ours}, weights, share
 
 
 def show(shape: Shape, batch: int, measured: Measured) -> dict[str, object]:

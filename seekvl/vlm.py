@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seekvl.engine.budget import choose_limits
 from seekvl.engine.engine import Engine
-from seekvl.engine.kernels.accelerate import accelerate
+from seekvl.engine.kernels.accelerate import PACKED, accelerate
 from seekvl.engine.request import (
     Completion,
     FinishReason,
@@ -82,13 +82,11 @@ def load(
     max_tiles: most tiles of a picture, for DeepSeek-VL2; None takes the checkpoint's rule, which tiles up to
     two pictures of a conversation and sees more of them as a single tile each.
 
-    Raises SeekVLError for what cannot be loaded, and for any `quantize`: this version has none.
+    quantize: "int8" or "int4" turns the weights into whole numbers on the way in, for the CPU; a folder made
+    by `seekvl convert --quantize` has them already and opens at once.
+
+    Raises SeekVLError for what cannot be loaded.
     """
-    if quantize is not None:
-        raise SeekVLError(
-            f"quantize={quantize!r}: this version of seekvl cannot quantize; "
-            "leave quantize=None and use dtype='bfloat16'"
-        )
     from seekvl.weights.load import load_checkpoint
 
     checkpoint = load_checkpoint(
@@ -99,6 +97,7 @@ def load(
         revision=revision,
         max_tokens=max_tokens,
         max_tiles=max_tiles,
+        quantize=quantize,
     )
     return VLM(checkpoint.model, checkpoint.processor)
 
@@ -118,6 +117,8 @@ class VLM:
         """Level of the CPU kernels that decoding runs on (see `engine.kernels.compiled`); None where torch
         computes, as on a GPU.
         """
+        for part in (model.vision, model.adaptor):
+            accelerate(part, kernels=PACKED)
         self.engine = Engine(model, self.tokenizer, limits=choose_limits(model, chunk=prefill_chunk))
         """What answers. It keeps beginnings of prompts and features of pictures for questions to come, and
         serves calls from several threads together.

@@ -339,7 +339,12 @@ LOADING = [
     Case("dtype", lambda: {"dtype": "int3"}, "dtype 'int3'"),
     Case("torch dtype", lambda: {"dtype": torch.int8}, "torch.int8"),
     Case("preprocessing", lambda: {"preprocessing": "best"}, "unknown preprocessing 'best'"),
-    Case("quantize", lambda: {"quantize": "int4"}, "quantize='int4'"),
+    Case("quantize", lambda: {"quantize": "int3"}, "quantize='int3'"),
+    Case(
+        "quantized on a GPU",
+        lambda: {"quantize": "int4", "device": "meta"},
+        "int4 is computed on the CPU alone",
+    ),
     Case("revision of a folder", lambda: {"revision": "main"}, "revision 'main'"),
     Case("max_tokens 0", lambda: {"max_tokens": 0}, "max_tokens 0"),
     Case("max_tokens above the positions", lambda: {"max_tokens": 10**6}, "16384"),

@@ -379,8 +379,8 @@ def test_bad_input_is_one_line_and_raised_at_once(
 
 
 def test_load_says_what_it_cannot() -> None:
-    with pytest.raises(seekvl.SeekVLError, match="cannot quantize"):
-        seekvl.load(GOLDEN / "vl1-siglip", quantize="int8")
+    with pytest.raises(seekvl.SeekVLError, match="quantize='int2' is unknown; use int8 or int4"):
+        seekvl.load(GOLDEN / "vl1-siglip", quantize="int2")
     with pytest.raises(seekvl.SeekVLError, match="folder"):
         seekvl.load("./no/such/folder")
 

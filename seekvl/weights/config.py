@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from seekvl.models.hybrid import HybridConfig
+from seekvl.models.quantized import KINDS, Kind
 from seekvl.models.vl import VLConfig
 from seekvl.models.vl2 import AnyConfig
 from seekvl.presets import TRAINED_TOKENS
@@ -39,6 +40,9 @@ LAYOUTS: dict[str, Layout] = {
     "deepseek_vl_hybrid": "transformers",
 }
 """model_type -> layout."""
+
+QUANT_METHOD, QUANT_VERSION = "seekvl", 1
+"""Who quantised a checkpoint, and the version of its format, see docs/quantization.md."""
 
 OTHERS = {
     "deepseekocr": "DeepSeek-OCR: use its own repository",
@@ -86,6 +90,8 @@ class CheckpointConfig:
     max_tokens: int = TRAINED_TOKENS
     """Context the checkpoint was trained for, tokens; `model.language.max_positions` is what it could hold.
     """
+    quantization: Kind | None = None
+    """Format of the language model's matrices, as the config has it; None for a plain checkpoint."""
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -99,8 +105,9 @@ def read_config(folder: Path) -> CheckpointConfig:
     if model_type not in LAYOUTS:
         known = OTHERS.get(model_type.lower(), f"known are {', '.join(LAYOUTS)}")
         raise SeekVLError(f"{config.where}: model_type {model_type!r} is not DeepSeek-VL: {known}")
+    quantization = _quantization(config)
     if model_type == VL2:
-        return _read_vl2(folder, config)
+        return replace(_read_vl2(folder, config), quantization=quantization)
     layout = LAYOUTS[model_type]
     dtype = _dtype(config)
     processor = _optional(folder / "processor_config.json")
@@ -125,7 +132,39 @@ def read_config(folder: Path) -> CheckpointConfig:
         dtype=dtype,
         image_id=image_id,
         max_tokens=min(TRAINED_TOKENS, model.language.max_positions),
+        quantization=quantization,
     )
+
+
+def quantization_section(kind: Kind) -> dict[str, object]:
+    """Return what `config.json` says of a quantised checkpoint, under `quantization_config`."""
+    return {"quant_method": QUANT_METHOD, "version": QUANT_VERSION, "format": kind}
+
+
+def _quantization(config: Section) -> Kind | None:
+    """Return the format of a quantised checkpoint, None for a plain one.
+
+    Raises SeekVLError for quantisation by another program, which is not read, and for a later version.
+    """
+    section = config.section_if_any("quantization_config")
+    if section is None:
+        return None
+    method = section.text("quant_method")
+    if method != QUANT_METHOD:
+        raise SeekVLError(
+            f"{section.where}: quant_method {method!r} is another program's; take the checkpoint it was made "
+            "from, and quantise it with 'seekvl convert --quantize int4'"
+        )
+    version, kind = section.integer("version"), section.text("format")
+    if version != QUANT_VERSION:
+        raise SeekVLError(
+            f"{section.where}: version {version} of the format; this seekvl reads version {QUANT_VERSION}"
+        )
+    section.finish({})
+    for known in KINDS:
+        if kind == known:
+            return known
+    raise SeekVLError(f"{section.where}: format {kind!r} is unknown; known are {', '.join(KINDS)}")
 
 
 def _read_vl2(folder: Path, config: Section) -> CheckpointConfig:

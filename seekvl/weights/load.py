@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from seekvl.models.quantized import KINDS, Kind
 from seekvl.models.vl import VLConfig
 from seekvl.models.vl2 import AnyVL, on_meta
 from seekvl.presets import SHORT_NAMES
@@ -18,7 +19,9 @@ from seekvl.weights.config import CheckpointConfig, read_config
 from seekvl.weights.key_map import KeyMap
 from seekvl.weights.official import official_map
 from seekvl.weights.official_vl2 import vl2_map
+from seekvl.weights.quantize import Progress, quantize_model
 from seekvl.weights.read import load_tensors
+from seekvl.weights.read_quantized import load_quantized
 from seekvl.weights.transformers_layout import transformers_map
 
 NANO, NANO_MOE = "seekvl-nano", "seekvl-nano-moe"
@@ -54,8 +57,14 @@ def load_checkpoint(
     revision: str | None = None,
     max_tokens: int | None = None,
     max_tiles: int | None = None,
+    quantize: str | None = None,
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Load a checkpoint of either layout: a bundled model, a folder, or a hub id.
+
+    `quantize` turns the matrices of a plain checkpoint into "int8" or "int4" on the way in (see
+    `weights.quantize`), and `progress` is told how far that is; a folder that `save_quantized` wrote needs
+    neither.
 
     `max_tokens` bounds a prompt: by default the 4,096 tokens the checkpoints were trained on, at most the
     positions they have. `max_tiles` bounds the tiles of a picture in DeepSeek-VL2; None takes its rule.
@@ -63,6 +72,7 @@ def load_checkpoint(
     """
     folder = find_folder(name, revision=revision)
     config = read_config(folder)
+    kind = _quantization(config, quantize, device=device)
     limit = _limit(config, max_tokens)
     tokenizer = load_tokenizer(folder, config)
     processor = Processor(
@@ -73,8 +83,11 @@ def load_checkpoint(
         max_tokens=limit,
         max_tiles=max_tiles,
     )
+    model = load_model(folder, config=config, device="cpu" if kind else device, dtype=dtype)
+    if kind is not None and config.quantization is None:
+        quantize_model(model, kind, progress=progress)
     return Checkpoint(
-        model=load_model(folder, config=config, device=device, dtype=dtype),
+        model=model,
         processor=processor,
         config=config,
         folder=folder,
@@ -93,6 +106,15 @@ def load_model(
     model = on_meta(config.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     place = select_device(device)
+    if config.quantization is not None:
+        load_quantized(
+            model,
+            folder,
+            kind=config.quantization,
+            dtype=select_dtype(dtype, device=place, parameters=parameters),
+            device=place,
+        )
+        return model.eval().requires_grad_(False)
     load_tensors(
         model,
         folder,
@@ -101,6 +123,28 @@ def load_model(
         device=place,
     )
     return model.eval().requires_grad_(False)
+
+
+def _quantization(config: CheckpointConfig, wish: str | None, *, device: str | torch.device) -> Kind | None:
+    """Return the format a model shall have; None leaves it plain.
+
+    Raises SeekVLError for a format that does not exist or is another than the folder's, and for a device that
+    has no kernels for it.
+    """
+    if wish is not None and wish not in KINDS:
+        raise SeekVLError(f"quantize={wish!r} is unknown; use {' or '.join(KINDS)}, or None")
+    if None not in (wish, config.quantization) and wish != config.quantization:
+        raise SeekVLError(
+            f"quantize={wish!r} was asked for, but this checkpoint is stored as {config.quantization}; load "
+            "it as it is, or quantise the one it was made from"
+        )
+    kind = next((known for known in KINDS if known == (wish or config.quantization)), None)
+    if kind is not None and device != "auto" and select_device(device).type != "cpu":
+        raise SeekVLError(
+            f"{kind} is computed on the CPU alone, not on {device}: use device='cpu', or a plain checkpoint "
+            "with dtype='bfloat16' on the GPU"
+        )
+    return kind
 
 
 def layout_map(config: CheckpointConfig) -> KeyMap:

@@ -29,6 +29,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 checkpoint.
 """
 
+STORED = DTYPES | {"U8": torch.uint8}
+"""Those of a quantised checkpoint: packed matrices are bytes."""
+
 HEADER_LIMIT = 100_000_000
 """Longest header a safetensors file may have, bytes (format specification)."""
 
@@ -46,8 +49,10 @@ class StoredTensor:
     end: int
 
 
-def read_folder(folder: Path) -> dict[str, StoredTensor]:
+def read_folder(folder: Path, *, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, StoredTensor]:
     """Return key -> place of every tensor in a checkpoint folder, after reading only headers and index.
+
+    `dtypes` are those a tensor may have.
 
     Raises SeekVLError for missing, cut, garbled or pickled files, and where index and shards disagree.
     """
@@ -55,9 +60,9 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     if single.exists() and index.exists():
         raise SeekVLError(f"{folder} has both {SINGLE} and {INDEX}: remove the one that does not belong")
     if single.exists():
-        return read_header(single)
+        return read_header(single, dtypes=dtypes)
     if index.exists():
-        return _read_shards(index)
+        return _read_shards(index, dtypes=dtypes)
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if found:
         raise SeekVLError(
@@ -71,7 +76,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     raise SeekVLError(f"{folder} has no weights: {SINGLE}, or shards with {INDEX}, are expected")
 
 
-def _read_shards(index: Path) -> dict[str, StoredTensor]:
+def _read_shards(index: Path, *, dtypes: Mapping[str, torch.dtype]) -> dict[str, StoredTensor]:
     """Return the tensors of all shards, which must be exactly those of the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -86,7 +91,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
             raise SeekVLError(
                 f"shard {name} is missing in {index.parent}: the index places {count} tensors in it"
             )
-        for key, tensor in read_header(index.parent / name).items():
+        for key, tensor in read_header(index.parent / name, dtypes=dtypes).items():
             if key in tensors:
                 raise SeekVLError(f"tensor {key} stands twice: in {tensors[key].file.name} and in {name}")
             if weight_map.get(key) != name:
@@ -101,7 +106,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path, *, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, StoredTensor]:
     """Return key -> place of the tensors in one safetensors file, checked against the length of the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -123,7 +128,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise SeekVLError(f"{path} has a garbled header: download it again")
     header.pop("__metadata__", None)
-    tensors = {key: _stored(path, key, value, start=8 + length) for key, value in header.items()}
+    tensors = {
+        key: _stored(path, key, value, start=8 + length, dtypes=dtypes) for key, value in header.items()
+    }
     end = max((tensor.end for tensor in tensors.values()), default=8 + length)
     if end != size:
         what = "is cut short" if size < end else "has bytes behind its last tensor"
@@ -152,7 +159,9 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return values
 
 
-def _stored(path: Path, key: str, value: object, *, start: int) -> StoredTensor:
+def _stored(
+    path: Path, key: str, value: object, *, start: int, dtypes: Mapping[str, torch.dtype]
+) -> StoredTensor:
     """Turn one header entry into a place, checking that bytes, shape and dtype fit."""
     try:
         if not isinstance(value, dict):
@@ -161,9 +170,9 @@ def _stored(path: Path, key: str, value: object, *, start: int) -> StoredTensor:
         first, last = (int(offset) for offset in value["data_offsets"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SeekVLError(f"{path}: the header entry of {key!r} is garbled: download it again") from error
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise SeekVLError(f"{path}: tensor {key} is stored as {dtype}; weights are {', '.join(DTYPES)}")
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise SeekVLError(f"{path}: tensor {key} is stored as {dtype}; weights are {', '.join(dtypes)}")
+    expected = math.prod(shape) * dtypes[dtype].itemsize
     if first < 0 or last - first != expected or any(side < 1 for side in shape):
         raise SeekVLError(
             f"{path}: tensor {key} of shape {list(shape)} as {dtype} cannot lie in {last - first} bytes"
@@ -246,7 +255,7 @@ def map_file(path: Path) -> mmap.mmap:
 def mapped(pages: mmap.mmap, place: StoredTensor) -> Tensor:
     """Return a tensor that lies in mapped pages, without reading it; one that is not aligned is copied."""
     raw = torch.frombuffer(pages, dtype=torch.uint8, count=place.end - place.begin, offset=place.begin)
-    dtype = DTYPES[place.dtype]
+    dtype = STORED[place.dtype]
     if place.begin % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype).view(place.shape)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seekvl.models.hybrid import HybridConfig
+from seekvl.models.quantized import quantized_modules
 from seekvl.models.vl import VLConfig
 from seekvl.models.vl2 import AnyVL
 from seekvl.processing.pad_image import PadImageConfig, visual_tokens
@@ -58,7 +59,12 @@ def save_checkpoint(
     """
     if model.config != config.model:
         raise SeekVLError("the config given describes another model than the one to save")
-    config = replace(config, layout=layout or config.layout)
+    if quantized_modules(model):
+        raise SeekVLError(
+            "this model is quantised, and no layout holds that: convert the checkpoint it was made from with "
+            "'seekvl convert --quantize', or save that one"
+        )
+    config = replace(config, layout=layout or config.layout, quantization=None)
     dtype = dtype or model.language.norm.weight.dtype
     names = {value: name for name, value in DTYPES.items()}
     if dtype not in names:
@@ -69,8 +75,8 @@ def save_checkpoint(
     surplus = [key for key in unused or {} if key not in key_map.unused]
     if surplus:
         raise SeekVLError(f"{surplus[0]} is not among the unused tensors of the {config.layout} layout")
-    texts = _texts(config, tokenizer, dtype=names[dtype])
-    old = _old_files(folder, overwrite=overwrite)
+    texts = config_files(config, tokenizer, dtype=names[dtype])
+    old = old_files(folder, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     written = _write_weights(
@@ -79,6 +85,11 @@ def save_checkpoint(
     for path in old:
         if path.name not in written:
             path.unlink()
+    write_config_files(folder, texts, tokenizer=tokenizer)
+
+
+def write_config_files(folder: Path, texts: Mapping[str, Mapping[str, object]], *, tokenizer: Path) -> None:
+    """Write the tokenizer and the JSON files of a folder in their order: `config.json` stands last."""
     with atomic_file(folder / "tokenizer.json") as part:
         shutil.copyfile(tokenizer, part)
     for name, values in texts.items():
@@ -91,7 +102,7 @@ def write_json(path: Path, values: Mapping[str, object]) -> None:
         part.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _old_files(folder: Path, *, overwrite: bool) -> list[Path]:
+def old_files(folder: Path, *, overwrite: bool) -> list[Path]:
     """Return the weight files of a checkpoint that stands in the folder, which must be allowed to go."""
     if folder.exists() and not folder.is_dir():
         raise SeekVLError(f"cannot save to {folder}: it is a file")
@@ -171,7 +182,7 @@ def _published(
     return tensor
 
 
-def _texts(config: CheckpointConfig, tokenizer: Path, *, dtype: str) -> dict[str, Mapping[str, object]]:
+def config_files(config: CheckpointConfig, tokenizer: Path, *, dtype: str) -> dict[str, Mapping[str, object]]:
     """Return the JSON files of the layout by name, the config last; checks that the tokenizer is one."""
     specials = config.specials
     if not tokenizer.is_file():

@@ -14,8 +14,10 @@ from seekvl.processing.encode import Processor
 from seekvl.runtime import SeekVLError
 from seekvl.weights.config import CheckpointConfig, read_config
 from seekvl.weights.key_map import parameter_shapes
-from seekvl.weights.load import find_folder, layout_map, load_tokenizer
+from seekvl.weights.load import find_folder, layout_map, load_model, load_tokenizer
+from seekvl.weights.quantize import summary
 from seekvl.weights.read import DTYPES, map_file, mapped, match, read_folder, require_finite
+from seekvl.weights.read_quantized import stored_matrices
 from seekvl.weights.report import Checks, Report
 
 
@@ -56,8 +58,18 @@ def _pictures(model: AnyConfig) -> str:
     return f"pictures in tiles of {model.image_size} px, at least {model.slots((1, 1))} tokens"
 
 
+def _quantized(folder: Path, config: CheckpointConfig) -> tuple[None, str]:
+    """Load a quantised folder, which looks at names, shapes, dtypes and scales, and count its matrices."""
+    load_model(folder, config=config, device="cpu")
+    counts = summary(stored_matrices(folder, kind=config.quantization))
+    return None, ", ".join(f"{count} modules {what}" for what, count in counts.items())
+
+
 def _weights(checks: Checks, folder: Path, config: CheckpointConfig) -> None:
     """Look at the weight files: headers, keys and shapes, dtypes, numbers."""
+    if config.quantization is not None:
+        checks.run("quantised weights", lambda: _quantized(folder, config))
+        return
 
     def files() -> tuple[dict[str, str], str]:
         """Read headers and index."""

@@ -12,7 +12,17 @@ import pytest
 import seekvl
 from tests.cli.conftest import GOLDEN, Run
 
-VERBS = ((), ("ask",), ("chat",), ("verify",), ("eval",), ("eval", "nano"), ("train",), ("train", "nano"))
+VERBS = (
+    (),
+    ("ask",),
+    ("chat",),
+    ("convert",),
+    ("verify",),
+    ("eval",),
+    ("eval", "nano"),
+    ("train",),
+    ("train", "nano"),
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

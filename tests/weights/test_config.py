@@ -196,7 +196,7 @@ WRONG = [
     (SINGLE, "config.json", "model_type", "gpt9", "'gpt9' is not DeepSeek-VL"),
     (SINGLE, "config.json", "model_type", None, "model_type is missing"),
     (SINGLE, "config.json", "gen_vision_config", {}, "Janus"),
-    (SINGLE, "config.json", "quantization_config", {}, "unknown keys quantization_config"),
+    (SINGLE, "config.json", "quantization_config", {}, "quant_method is missing"),
     (SINGLE, "config.json", "torch_dtype", "int8", "'int8' is unknown"),
     (SINGLE, "config.json", "language_config.sliding_window", 512, "unknown keys sliding_window"),
     (SINGLE, "config.json", "language_config.vocab_size", None, "vocab_size is missing"),

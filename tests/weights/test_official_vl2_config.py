@@ -136,7 +136,7 @@ WRONG = [
     (TINY, "config.json", "tile_tag", None, "tile_tag is missing"),
     (TINY, "config.json", "tile_tag", "1D", "tile_tag is '1D'; only '2D' can be run"),
     (TINY, "config.json", "global_view_pos", "middle", "expected 'head' or 'tail'"),
-    (TINY, "config.json", "quantization_config", {}, "unknown keys quantization_config"),
+    (TINY, "config.json", "quantization_config", {}, "quant_method is missing"),
     (TINY, "config.json", "candidate_resolutions", None, "candidate_resolutions is missing"),
     (TINY, "config.json", "candidate_resolutions", [[104]], "a list of pairs"),
     (TINY, "config.json", "candidate_resolutions", [[104, 104], [200, 104]], "tiles of 104 px do not fill"),

@@ -5,14 +5,17 @@ it, and does what it did before where they cannot: with a gradient, on another d
 torch multiplies as fast.
 """
 
+from collections.abc import Mapping
 from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from seekvl.engine.kernels.compiled import LEVELS, choose_level
+from seekvl.engine.kernels.packed import raw_packed_experts, raw_packed_linear
 from seekvl.engine.kernels.products import DTYPES, MAX_ROWS, raw_experts, raw_linear
 from seekvl.models.moe import Experts
+from seekvl.models.quantized import QuantizedExperts, QuantizedLinear
 
 SMALLEST = {torch.float32: 1 << 19, torch.bfloat16: 1 << 15, torch.float16: 1 << 15}
 """Bytes of a weight below which torch is left alone: calling costs more there than reading. torch's own
@@ -84,14 +87,79 @@ class KernelExperts(Experts):
         return super().forward(x, experts=experts, weights=weights)
 
 
-Accelerated: TypeAlias = KernelLinear | KernelExperts
+class KernelQuantizedLinear(QuantizedLinear):
+    """A quantised linear layer that decodes and reads prompts through the kernels."""
 
-KERNELS: dict[type[nn.Module], type[Accelerated]] = {nn.Linear: KernelLinear, Experts: KernelExperts}
+    level: int
+    smallest: int | None
+    """Without meaning here: unpacking a matrix is never the quicker way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return f[..., o] of x[..., i]."""
+        if not _packed_served(x, self.packed):
+            return super().forward(x)
+        return raw_packed_linear(
+            x,
+            self.packed,
+            None if self.bias is None else self.bias.to(x.dtype),
+            kind=self.kind,
+            rows=self.out_features,
+            level=self.level,
+            threads=torch.get_num_threads(),
+        )
+
+
+class KernelQuantizedExperts(QuantizedExperts):
+    """Quantised experts that decode and read prompts through the kernels."""
+
+    level: int
+    smallest: int | None
+
+    def forward(self, x: Tensor, *, experts: Tensor, weights: Tensor) -> Tensor:
+        """Return f[n, d]: what experts i64[n, k] make of x[n, d], summed in float32 by weights f32[n, k]."""
+        if not _packed_served(x, self.gate_proj):
+            return super().forward(x, experts=experts, weights=weights)
+        return raw_packed_experts(
+            x,
+            experts,
+            weights.float(),
+            gate=self.gate_proj,
+            up=self.up_proj,
+            down=self.down_proj,
+            kind=self.kind,
+            width=self.width,
+            level=self.level,
+            threads=torch.get_num_threads(),
+        )
+
+
+Accelerated: TypeAlias = KernelLinear | KernelExperts | KernelQuantizedLinear | KernelQuantizedExperts
+
+PACKED: dict[type[nn.Module], type[Accelerated]] = {
+    QuantizedLinear: KernelQuantizedLinear,
+    QuantizedExperts: KernelQuantizedExperts,
+}
+"""What takes the place of what in a quantised network."""
+
+KERNELS: dict[type[nn.Module], type[Accelerated]] = {
+    nn.Linear: KernelLinear,
+    Experts: KernelExperts,
+    **PACKED,
+}
 """What takes the place of what. A subclass of these is somebody else's, and stays."""
 
 
-def accelerate(network: nn.Module, *, level: str | None = None, smallest: int | None = None) -> str | None:
+def accelerate(
+    network: nn.Module,
+    *,
+    level: str | None = None,
+    smallest: int | None = None,
+    kernels: Mapping[type[nn.Module], type[Accelerated]] = KERNELS,
+) -> str | None:
     """Let a network answer through the kernels; return the level they compute on.
+
+    Quantised layers read prompts through them, too, and of a network that only reads, such as a vision tower,
+    nothing but quantised layers gains: `kernels=PACKED` takes those alone.
 
     A weight of fewer than `smallest` bytes, by default those of `SMALLEST`, stays with torch. With `level`
     "off", or None and so said by the environment (see `choose_level`), layers get their own class back and
@@ -99,16 +167,16 @@ def accelerate(network: nn.Module, *, level: str | None = None, smallest: int | 
 
     Raises SeekVLError for a level that does not exist or that this machine cannot execute.
     """
-    if not all(parameter.is_cpu for parameter in network.parameters()):
+    if not all(tensor.is_cpu for tensor in (*network.parameters(), *network.buffers())):
         return None
     chosen = choose_level(level)
-    plain = {kernel: own for own, kernel in KERNELS.items()}
+    plain = {kernel: own for own, kernel in kernels.items()}
     for module in network.modules():
         own = plain.get(cast(type[Accelerated], type(module)), type(module))
-        if own not in KERNELS:
+        if own not in kernels:
             continue
-        module.__class__ = own if chosen is None else KERNELS[own]
-        if isinstance(module, KernelLinear | KernelExperts) and chosen is not None:
+        module.__class__ = own if chosen is None else kernels[own]
+        if isinstance(module, Accelerated) and chosen is not None:
             module.level, module.smallest = LEVELS.index(chosen), smallest
     return chosen
 
@@ -124,6 +192,20 @@ def _served(x: Tensor, weight: Tensor, *, smallest: int | None) -> bool:
         and x.is_cpu
         and weight.is_cpu
         and weight.is_contiguous()
+        and type(x) is Tensor
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _packed_served(x: Tensor, packed: Tensor) -> bool:
+    """Whether the kernels can multiply x with this quantised matrix."""
+    return (
+        x.dtype in DTYPES
+        and x.is_cpu
+        and packed.is_cpu
+        and packed.is_contiguous()
+        and not (x.requires_grad and torch.is_grad_enabled())
         and type(x) is Tensor
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

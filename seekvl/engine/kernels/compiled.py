@@ -129,6 +129,54 @@ class Step(Protocol):
         ...
 
 
+class PackedLinear(Protocol):
+    """`seekvl_packed_linear` of packed.cpp: `Linear` with a quantised matrix and any number of rows."""
+
+    def __call__(
+        self,
+        level: int,
+        threads: int,
+        kind: int,
+        dtype: int,
+        weight: int,
+        bias: int | None,
+        x: int,
+        y: int,
+        b: int,
+        o: int,
+        i: int,
+        /,
+    ) -> None:
+        """Write y."""
+        ...
+
+
+class PackedExperts(Protocol):
+    """`seekvl_packed_experts` of packed.cpp: `Experts` with quantised matrices and any number of tokens."""
+
+    def __call__(
+        self,
+        level: int,
+        threads: int,
+        kind: int,
+        dtype: int,
+        gate: int,
+        up: int,
+        down: int,
+        experts: int,
+        weights: int,
+        x: int,
+        y: int,
+        n: int,
+        k: int,
+        d: int,
+        m: int,
+        /,
+    ) -> None:
+        """Write y[n, d]."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Library:
     """The functions of the library. They take addresses, trust their arguments and let other threads run."""
@@ -140,6 +188,10 @@ class Library:
     linear_many: LinearMany
     experts_many: ExpertsMany
     step: Step
+    packed_linear: PackedLinear
+    packed_experts: PackedExperts
+    vnni: bool
+    """Whether this machine has AVX-512's products of bytes; without them its levels use those of `avx2`."""
     read: Callable[[int, int, int], int]
     """Read memory (threads, address, bytes) and do next to nothing with it: the ceiling of every product."""
     release: Callable[[], None]
@@ -172,7 +224,11 @@ def library() -> Library:
     native.seekvl_step.argtypes = [*[i32] * 2, *[address] * 4]
     native.seekvl_read.argtypes = [i32, address, i64]
     native.seekvl_read.restype = c_uint64
-    for function in (native.seekvl_linear, native.seekvl_experts, native.seekvl_step, native.seekvl_release):
+    native.seekvl_packed_linear.argtypes = [*[i32] * 4, *[address] * 4, *[i64] * 3]
+    native.seekvl_packed_experts.argtypes = [*[i32] * 4, *[address] * 7, *[i64] * 4]
+    products = (native.seekvl_linear, native.seekvl_experts, native.seekvl_step)
+    packed = (native.seekvl_packed_linear, native.seekvl_packed_experts)
+    for function in (*products, *packed, native.seekvl_release):
         function.restype = None
     bits = native.seekvl_levels()
     atexit.register(native.seekvl_release)
@@ -183,6 +239,9 @@ def library() -> Library:
         linear_many=native.seekvl_linear_many,
         experts_many=native.seekvl_experts_many,
         step=native.seekvl_step,
+        packed_linear=native.seekvl_packed_linear,
+        packed_experts=native.seekvl_packed_experts,
+        vnni=bool(native.seekvl_vnni()),
         read=native.seekvl_read,
         release=native.seekvl_release,
         workers=native.seekvl_workers,

@@ -43,7 +43,7 @@ def linear(
     Raises SeekVLError for tensors that are not contiguous on the CPU, that do not fit each other, or that
     need a gradient; MemoryError where none is left.
     """
-    index = _level_index(level)
+    index = level_index(level)
     _check_memory(weight, "weight")
     _check_width(x, weight, "weight", axes=2)
     if x.dtype not in (weight.dtype, torch.float32):
@@ -55,7 +55,7 @@ def linear(
                 f"bias {bias.dtype} {list(bias.shape)} does not fit weight {weight.dtype} "
                 f"{list(weight.shape)}"
             )
-    return raw_linear(x, weight, bias, level=index, threads=_threads(threads))
+    return raw_linear(x, weight, bias, level=index, threads=thread_count(threads))
 
 
 def swiglu_experts(
@@ -77,7 +77,7 @@ def swiglu_experts(
 
     Raises SeekVLError and MemoryError as `linear` does, and for an expert outside of 0..E-1.
     """
-    index = _level_index(level)
+    index = level_index(level)
     for name, stack in (("gate", gate), ("up", up), ("down", down)):
         _check_memory(stack, name)
     _check_width(x, gate, "gate", axes=3)
@@ -102,7 +102,7 @@ def swiglu_experts(
     if experts.numel() and not 0 <= int(experts.min()) <= int(experts.max()) < count:
         raise SeekVLError(f"expert {int(experts.min())} or {int(experts.max())} is none of {count} experts")
     return raw_experts(
-        x, experts, weights, gate=gate, up=up, down=down, level=index, threads=_threads(threads)
+        x, experts, weights, gate=gate, up=up, down=down, level=index, threads=thread_count(threads)
     )
 
 
@@ -174,7 +174,7 @@ def raw_experts(
     return y
 
 
-def _level_index(name: str | None) -> int:
+def level_index(name: str | None) -> int:
     """Return the number of a level; None takes the one that answers are computed on."""
     level = choose_level(name)
     if level is None:
@@ -183,7 +183,7 @@ def _level_index(name: str | None) -> int:
     return LEVELS.index(level)
 
 
-def _threads(wish: int | None) -> int:
+def thread_count(wish: int | None) -> int:
     """Return how many threads compute."""
     if wish is not None and wish < 1:
         raise SeekVLError(f"threads must be at least 1, not {wish}")

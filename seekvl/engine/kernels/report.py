@@ -9,10 +9,12 @@ from seekvl.engine.cache import KVCache
 from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.kernels.compiled import SWITCH, choose_level, library, missing
 from seekvl.engine.kernels.decoder import decode
+from seekvl.engine.kernels.packed import packed_linear
 from seekvl.engine.kernels.products import MAX_ROWS, linear
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.mla import MlaConfig
 from seekvl.models.moe import MoeConfig
+from seekvl.models.quantized import GROUP, KINDS, pack, rounded_inputs
 from seekvl.runtime import SeekVLError, torch_generator
 
 WIDTH = 515
@@ -39,7 +41,8 @@ TOKENS = (0, 1, 130, 257)
 
 
 def compare_with_torch() -> str:
-    """Multiply and decode with the kernels and with torch; say on which level and how far they are apart.
+    """Multiply and decode with the kernels and with torch, plain and quantised matrices; say on which level
+    and how far they are apart.
 
     Raises SeekVLError where they differ by more than the order of summation explains, and for a level named
     by `SWITCH` that cannot be had.
@@ -50,17 +53,29 @@ def compare_with_torch() -> str:
     generator = torch_generator(0, "kernels")
     weight = torch.randn(WIDTH, WIDTH, generator=generator)
     x = torch.randn(MAX_ROWS, WIDTH, generator=generator)
-    product = float((linear(x, weight, level=level).double() - x.double() @ weight.double().T).abs().max())
-    _check(
-        "a product", product, limit=WIDTH * 2.0**-24 * float((x.abs() @ weight.abs().T).max()), level=level
-    )
+    product = _product("a product", linear(x, weight, level=level), x, weight, level=level)
+    for kind in KINDS:
+        groups = () if kind == "int8" else (-(-WIDTH // GROUP),)
+        values = torch.randint(-7, 8, (WIDTH, WIDTH), generator=generator)
+        packed = pack(values, torch.ones(WIDTH, *groups), kind=kind)
+        found = packed_linear(x, packed, kind=kind, rows=WIDTH, level=level)
+        _product(f"a product of {kind}", found, rounded_inputs(x, kind=kind), values, level=level)
     configs = (LATENT, replace(LATENT, mla=None))
     step = max(step_difference(config, level=level) for config in configs)
     _check("a decoding step", step, limit=STEP_LIMIT, level=level)
+    vnni = ", quantised by VNNI" if library().vnni and level.startswith("avx512") else ""
     return (
-        f"{level} of {', '.join(library().levels)}; largest difference from torch "
+        f"{level} of {', '.join(library().levels)}{vnni}; largest difference from torch "
         f"{product:.1e} in a product, {step:.1e} in a step"
     )
+
+
+def _product(what: str, found: Tensor, x: Tensor, weight: Tensor, *, level: str) -> float:
+    """Return the largest difference of a product from that of torch, which must be one of rounding."""
+    weight = weight.float()
+    worst = float((found.double() - x.double() @ weight.double().T).abs().max())
+    _check(what, worst, limit=WIDTH * 2.0**-24 * float((x.abs() @ weight.abs().T).max()), level=level)
+    return worst
 
 
 def _check(what: str, found: float, *, limit: float, level: str) -> None:

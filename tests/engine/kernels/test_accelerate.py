@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 import pickle
 from collections.abc import Callable
 from functools import cache
@@ -17,20 +18,25 @@ from seekvl.engine.cache import KVCache
 from seekvl.engine.forward import embed_prompt, prefill, step
 from seekvl.engine.generate import generate
 from seekvl.engine.kernels import accelerate as room
+from seekvl.engine.kernels import compiled
 from seekvl.engine.kernels.accelerate import (
     KERNELS,
     MOST_ROWS,
     KernelExperts,
     KernelLinear,
+    KernelQuantizedLinear,
     accelerate,
 )
 from seekvl.engine.kernels.compiled import LEVELS, SWITCH, Library
 from seekvl.engine.kernels.products import MAX_ROWS
 from seekvl.engine.request import Request, SamplingParams
 from seekvl.models.moe import Experts
+from seekvl.models.quantized import KINDS, QuantizedLinear, quantized_modules
 from seekvl.models.vl import VL
 from seekvl.models.vl2 import AnyVL, on_meta
 from seekvl.processing.encode import ModelInput
+from seekvl.runtime import SeekVLError
+from seekvl.weights import quantize
 from seekvl.weights.load import load_checkpoint
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -337,3 +343,72 @@ def test_a_prompt_of_pictures_is_embedded_by_torch(native: Library, monkeypatch:
     calls = Calls(monkeypatch)
     embed_prompt(vlm.model, encode("vl1-siglip", "single"))
     assert calls.counts == {"raw_linear": 0, "raw_experts": 0}
+
+
+# Quantised layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("folder", ["vl1-siglip", "vl2-tiny-like", "vl2-base-like"])
+def test_quantised_models_compute_as_torch_unpacks_them(folder: str, kind: str, level: str) -> None:
+    """An input on the border of two steps may fall either way, where sums were added in another order."""
+    model = load_checkpoint(GOLDEN / folder, device="cpu", dtype="float32", quantize=kind).model
+    logits = {}
+    for name in ("off", level):
+        accelerate(model.language, level=name)
+        with torch.no_grad():
+            logits[name] = model(torch.arange(12)[None])
+    assert (logits[level] - logits["off"]).norm() < 0.01 * logits["off"].norm()
+    assert not torch.equal(logits[level], logits["off"]), "the kernels add in another order"
+
+
+def test_quantised_layers_of_all_parts_find_their_kernels(
+    native: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "OUTPUT_LIMIT", 1.0)
+    vlm = seekvl.load(GOLDEN / "vl1-siglip", device="cpu", quantize="int8")
+    kinds = {
+        name.partition(".")[0]: type(vlm.model.get_submodule(name)) for name in quantized_modules(vlm.model)
+    }
+    assert kinds == dict.fromkeys(("vision", "adaptor", "language"), KernelQuantizedLinear)
+    monkeypatch.setenv(SWITCH, "off")
+    assert seekvl.VLM(vlm.model, vlm.processor).kernels is None
+    assert {type(module) for module in quantized_modules(vlm.model).values()} == {QuantizedLinear}
+    monkeypatch.setenv(SWITCH, "portable")
+    assert seekvl.VLM(vlm.model, vlm.processor).kernels == "portable"
+    assert {type(module) for module in quantized_modules(vlm.model).values()} == {KernelQuantizedLinear}
+
+
+def test_a_plain_tower_keeps_its_layers(native: Library) -> None:
+    vlm = load("vl1-siglip")
+    assert {type(module) for module in vlm.model.vision.modules()}.isdisjoint(KERNELS.values())
+
+
+def test_a_quantised_model_answers_without_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for cached in (compiled.library, compiled._warn):
+        cached.cache_clear()
+    monkeypatch.setattr(compiled, "PATH", tmp_path / "native.so")
+    try:
+        with caplog.at_level(logging.WARNING, logger="seekvl"):
+            vlm = seekvl.load(GOLDEN / "vl1-siglip", device="cpu", dtype="bfloat16", quantize="int4")
+            assert vlm.kernels is None
+            assert vlm.chat("Hello", max_new_tokens=2).usage.completion_tokens > 0
+    finally:
+        for cached in (compiled.library, compiled._warn):
+            cached.cache_clear()
+    assert len(caplog.records) == 1
+
+
+def test_quantised_layers_leave_gradients_and_autocast_to_torch(native: Library) -> None:
+    model = load_checkpoint(GOLDEN / "vl1-siglip", device="cpu", dtype="float32", quantize="int8").model
+    accelerate(model.language)
+    x = torch.randn(1, model.config.language.width, requires_grad=True)
+    with pytest.raises(SeekVLError, match="gives no gradient"):
+        model.language.lm_head(x)
+    with torch.no_grad():
+        plain = model.language.lm_head(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model.language.lm_head(x)
+    assert torch.allclose(found.float(), plain, rtol=0.02, atol=0.02 * float(plain.abs().max()))

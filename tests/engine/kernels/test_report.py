@@ -10,6 +10,7 @@ from seekvl.engine.kernels import compiled as room
 from seekvl.engine.kernels import report
 from seekvl.engine.kernels.compiled import SWITCH, Library
 from seekvl.engine.kernels.decoder import decode
+from seekvl.engine.kernels.packed import packed_linear
 from seekvl.engine.kernels.products import linear
 from seekvl.engine.kernels.report import compare_with_torch
 from seekvl.runtime import SeekVLError
@@ -56,4 +57,11 @@ def test_a_wrong_step_is_an_error(native: Library, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(report, "decode", wrong)
     with pytest.raises(SeekVLError, match="differs by nan from torch in a decoding step, at most 1e-05"):
+        compare_with_torch()
+
+
+def test_a_wrong_quantised_product_is_an_error(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(report, "packed_linear", lambda *args, **more: packed_linear(*args, **more) + 0.5)
+    with pytest.raises(SeekVLError, match=r"differs by 5\.0e-01 from torch in a product of int8, at"):
         compare_with_torch()

@@ -1,0 +1,243 @@
+import copy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from seekvl.models.moe import Experts
+from seekvl.models.quantized import (
+    GROUP,
+    KINDS,
+    Kind,
+    QuantizedExperts,
+    QuantizedLinear,
+    quantized_modules,
+    unpack,
+)
+from seekvl.models.vl2 import AnyVL
+from seekvl.runtime import SeekVLError
+from seekvl.weights import quantize as room
+from seekvl.weights.load import load_checkpoint
+from seekvl.weights.quantize import (
+    OUTPUT_LIMIT,
+    WEIGHT_LIMIT,
+    candidates,
+    int4_values,
+    int8_values,
+    output_errors,
+    quantize_matrix,
+    quantize_model,
+    quantize_module,
+    quantized_parts,
+    summary,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+EACH = pytest.mark.parametrize("kind", KINDS)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def loaded(folder: str) -> AnyVL:
+    return load_checkpoint(GOLDEN / folder, device="cpu", dtype="float32").model
+
+
+def fresh(folder: str) -> AnyVL:
+    return copy.deepcopy(loaded(folder))
+
+
+def test_int8_uses_every_step_of_a_row() -> None:
+    weight = randn(9, 50)
+    weight[3] = 0.0
+    values, scales = int8_values(weight)
+    assert values.abs().amax(dim=1).tolist() == [127] * 3 + [0] + [127] * 5
+    wrong = (values * scales[:, None] - weight).abs()
+    assert (wrong <= scales[:, None] * 0.501).all()
+
+
+def test_int4_is_nearer_than_the_largest_number_alone_decides() -> None:
+    weight = randn(40, 32 * 6)
+    values, scales = int4_values(weight)
+    assert (int(values.min()), int(values.max())) == (-8, 7)
+    assert torch.equal(scales, scales.bfloat16().float())
+    stored = (values.unflatten(1, (-1, GROUP)) * scales.unsqueeze(2)).flatten(1)
+    groups = weight.unflatten(1, (-1, GROUP))
+    plain = groups.abs().amax(dim=2, keepdim=True) / 7
+    simple = (groups / plain).round() * plain
+    ours, theirs = ((x - weight).square().sum() for x in (stored, simple.flatten(1)))
+    assert ours < 0.85 * theirs
+
+
+def test_int4_holds_what_it_can_hold_exactly() -> None:
+    values = torch.randint(-8, 8, (5, 70), generator=torch.Generator().manual_seed(1))
+    values[:, ::GROUP] = -8
+    weight = values * 0.25
+    found, scales = int4_values(weight)
+    assert torch.equal(found, values.to(torch.int8))
+    assert torch.equal(scales, torch.full((5, 3), 0.25))
+    assert torch.equal(int4_values(-weight)[1], torch.full((5, 3), -0.25))
+    nothing, scale = int4_values(torch.zeros(2, 32))
+    assert not nothing.any()
+    assert not scale.any()
+
+
+@EACH
+@pytest.mark.parametrize("shape", [(1, 3), (17, 65), (50, 300)], ids=str)
+def test_a_matrix_in_pieces_equals_the_matrix_at_once(
+    kind: Kind, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = randn(*shape)
+    packed, error = quantize_matrix(weight, kind)
+    stored = unpack(packed, kind=kind, rows=shape[0], width=shape[1])
+    assert error == pytest.approx(float((stored - weight).norm() / weight.norm()), rel=1e-5)
+    assert error < (0.01 if kind == "int8" else 0.1)
+    monkeypatch.setattr(room, "CHUNK", 1)
+    again, same = quantize_matrix(weight, kind)
+    assert torch.equal(again, packed)
+    assert same == pytest.approx(error)
+
+
+@EACH
+def test_numbers_of_any_size_are_met(kind: Kind) -> None:
+    for size in (1e-30, 1e-6, 1e6, 1e30):
+        weight = randn(20, 64) * size
+        packed, _ = quantize_matrix(weight, kind)
+        stored = unpack(packed, kind=kind, rows=20, width=64)
+        assert (stored / size - weight / size).norm() < 0.1 * (weight / size).norm()
+
+
+@EACH
+def test_a_module_keeps_its_bias_and_every_expert(kind: Kind) -> None:
+    linear = nn.Linear(64, 20)
+    layer, error = quantize_module(linear, kind)
+    assert isinstance(layer, QuantizedLinear)
+    assert layer.bias is linear.bias
+    assert error == quantize_matrix(linear.weight, kind)[1]
+    experts = next(module for module in loaded("vl2-tiny-like").modules() if isinstance(module, Experts))
+    stack, worst = quantize_module(experts, kind)
+    assert isinstance(stack, QuantizedExperts)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        for expert, matrix in enumerate(getattr(experts, name)):
+            assert (stack.unpacked(name, expert) - matrix).norm() <= worst * matrix.norm() * (1 + 1e-4)
+
+
+@EACH
+@pytest.mark.parametrize("folder", ["vl1-siglip", "vl1-hybrid", "vl2-tiny-like", "vl2-base-like"])
+def test_what_is_quantised_and_what_stays(folder: str, kind: Kind) -> None:
+    model = loaded(folder)
+    found = candidates(model, kind)
+    language = {name: what for name, what in found.items() if name.startswith("language.")}
+    assert set(language.values()) == {kind}
+    assert set(found.values()) == {kind, "int8"}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    experts = {name for name, module in model.named_modules() if isinstance(module, Experts)}
+    latent = {name for name in linear if name.endswith("kv_b_proj")}
+    assert set(found) == linear - latent | experts
+    assert bool(latent) == (folder == "vl2-base-like")
+    assert "language.lm_head" in found
+    assert not any("gate" in name and "gate_proj" not in name for name in found), "routers stay"
+
+
+@EACH
+def test_a_model_becomes_smaller_and_stays_near(kind: Kind) -> None:
+    plain, model = loaded("vl1-siglip"), fresh("vl1-siglip")
+    done: list[tuple[int, int]] = []
+    matrices = quantize_model(model, kind, progress=lambda one, all_: done.append((one, all_)))
+    assert done[-1] == (len(matrices), len(matrices)) == (len(done), len(done))
+    kinds = {matrix.name: matrix.kind for matrix in matrices if matrix.kind is not None}
+    assert {name: module.kind for name, module in quantized_modules(model).items()} == kinds
+    assert sum(summary(matrices).values()) == len(matrices)
+    for matrix in matrices:
+        assert matrix.kind is None or (matrix.error is not None and matrix.error <= WEIGHT_LIMIT[matrix.kind])
+        inside = matrix.name.startswith("language.")
+        assert (matrix.output_error is None) == inside
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        wanted, found = plain(ids), model(ids)
+    assert (found - wanted).norm() < (0.05 if kind == "int8" else 0.4) * wanted.norm()
+
+
+def test_the_model_is_left_alone_where_parts_are_asked_for() -> None:
+    model = fresh("vl1-siglip")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parts = list(quantized_parts(model, "int4"))
+    assert any(part is not None for _, part in parts)
+    assert not quantized_modules(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_outputs_decide_in_the_vision_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One channel a thousand times the others: int8 loses these in the inputs of the layer behind."""
+    monkeypatch.setattr(room, "OUTPUT_LIMIT", 0.02)
+    model = fresh("vl1-siglip")
+    errors = output_errors(model, ["vision.blocks.0.mlp.fc1", "vision.blocks.0.mlp.fc2"])
+    assert all(0.005 < error < 0.02 for error in errors.values())
+    with torch.no_grad():
+        model.get_parameter("vision.blocks.0.norm2.bias")[0] = 3000.0
+        model.get_parameter("vision.blocks.0.mlp.fc1.weight")[:, 0] = 0.0
+    matrices = {matrix.name: matrix for matrix in quantize_model(model, "int8")}
+    bad = matrices["vision.blocks.0.mlp.fc1"]
+    assert bad.kind is None
+    assert bad.output_error is not None
+    assert bad.output_error > 0.02
+    assert "outputs would be off by" in bad.reason
+    assert isinstance(model.get_submodule(bad.name), nn.Linear)
+    assert matrices["vision.blocks.0.mlp.fc2"].kind == "int8"
+
+
+def test_ordinary_matrices_of_the_towers_stay() -> None:
+    """Eight bits leave 0.7 to 1.1 % of error in their outputs."""
+    matrices = quantize_model(fresh("vl1-siglip"), "int8")
+    tower = [matrix for matrix in matrices if matrix.name.startswith("vision.")]
+    assert tower
+    for matrix in tower:
+        assert matrix.output_error is not None
+        assert (matrix.kind is None) == (matrix.output_error > OUTPUT_LIMIT)
+    assert sum(matrix.kind is None for matrix in tower) > len(tower) / 2
+    assert all(matrix.kind == "int8" for matrix in matrices if matrix.name.startswith("language."))
+
+
+def test_what_gains_nothing_stays() -> None:
+    model = fresh("vl1-siglip")
+    model.language.layers[0].attn.q_proj = nn.Linear(3, 5, bias=False)
+    matrices = {matrix.name: matrix for matrix in quantize_model(model, "int4")}
+    small = matrices["language.layers.0.attn.q_proj"]
+    assert small.kind is None
+    assert small.reason == "int4 would take 576 bytes instead of 60"
+    assert isinstance(model.get_submodule(small.name), nn.Linear)
+
+
+def test_a_format_that_does_not_suit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("vl1-siglip")
+    with torch.no_grad():
+        weight = model.get_parameter("language.lm_head.weight")
+        weight[:, ::GROUP] = 1.0
+        weight[:, 1::GROUP] = -1.0
+        weight[:, 2::2] = 1.0 / 15.9
+        weight[:, 3::2] = 1.0 / 15.9
+    monkeypatch.setitem(WEIGHT_LIMIT, "int4", 0.01)
+    matrices = {matrix.name: matrix for matrix in quantize_model(model, "int4")}
+    head = matrices["language.lm_head"]
+    assert head.kind is None
+    assert "weights would be off by" in head.reason
+
+
+def test_bad_models_are_named() -> None:
+    model = fresh("vl1-siglip")
+    with pytest.raises(SeekVLError, match="quantize='int5' is unknown; use one of int8, int4"):
+        quantize_model(model, "int5")  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.get_parameter("language.layers.0.mlp.up_proj.weight")[3, 4] = torch.nan
+    with pytest.raises(SeekVLError, match=r"language.layers.0.mlp.up_proj cannot be quantised: it holds"):
+        quantize_model(model, "int4")
+    model = fresh("vl1-siglip")
+    quantize_model(model, "int8")
+    with pytest.raises(SeekVLError, match="is quantised already"):
+        quantize_model(model, "int8")
+    with pytest.raises(SeekVLError, match="is for the CPU, and this model is on meta"):
+        quantize_model(fresh("vl1-siglip").to("meta"), "int8")
