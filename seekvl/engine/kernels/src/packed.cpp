@@ -44,7 +44,8 @@ const PackedLevel& packed_level_at(int32_t index) {
     return packed_portable;
 }
 
-const Level& level_at(int32_t index) {
+// The level that widens and rounds what goes in and out; pairs of bfloat16 are of no use here.
+const Level& float_level_at(int32_t index) {
 #if defined(__x86_64__)
     if (index >= AVX512) return avx512;
     if (index >= AVX2) return avx2;
@@ -229,7 +230,7 @@ EXPORT void seekvl_packed_linear(int32_t level, int32_t threads, int32_t kind, i
     const auto outer = static_cast<Dtype>(dtype);
     const PackedLevel& machine = packed_level_at(level);
     Lines<CALL> memory(b * input_bytes(matrix.kind, i));
-    Quantization q{&level_at(level), &machine, matrix.kind, outer, static_cast<const char*>(x), i, {}};
+    Quantization q{&float_level_at(level), &machine, matrix.kind, outer, static_cast<const char*>(x), i, {}};
     quantize_all(q, b, threads, memory);
     std::vector<void*> to(b);
     const int64_t row_bytes = o * (outer == F32 ? 4 : 2);
@@ -251,7 +252,7 @@ EXPORT void seekvl_packed_experts(int32_t level, int32_t threads, int32_t kind, 
     float *hidden = memory.take<float>(slots * m), *out = memory.take<float>(slots * d);
     for (int64_t first = 0; first < n; first += kTokens) {
         const int64_t some = std::min(kTokens, n - first);
-        Quantization q{&level_at(level), &packed_level_at(level), stacks.kind, outer,
+        Quantization q{&float_level_at(level), &packed_level_at(level), stacks.kind, outer,
                        static_cast<const char*>(x) + first * row_bytes, d, {}};
         run_slots(stacks, q, experts + first * k, some, k, hidden, out, threads, memory);
         for (int64_t token = 0; token < some; ++token)
