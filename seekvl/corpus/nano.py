@@ -68,12 +68,12 @@ class Mixture:
         return shares or dict.fromkeys(answering, 1.0)
 
 
-MIXTURE = Mixture(shapes=64, sign=24, chart=12, strip=0)
+MIXTURE = Mixture(shapes=74, sign=16, chart=10, strip=0)
 """What seekvl-nano is trained on, in percent; its square view of a picture has no use for strips."""
 
 WEIGHTS = {
     "shapes": {
-        "colour": 16, "shape": 16, "count": 20, "locate": 50, "relation": 10, "size": 6, "exist": 8,
+        "colour": 12, "shape": 26, "count": 22, "locate": 60, "relation": 10, "size": 6, "exist": 8,
         "caption": 7, "absent": 2, "background": 3, "position": 5, "region": 6,
     },
     "sign": {

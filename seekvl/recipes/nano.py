@@ -180,7 +180,7 @@ def stage3() -> Stage:
     """Supervised fine-tuning: SAM stays frozen, the rest learns (2403.05525, sec. 3.2.3)."""
     return Stage(
         name="stage3",
-        steps=8200,
+        steps=13000,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100),
