@@ -6,6 +6,7 @@ Letters: t tokens, n pictures, c width, m MLP width. A multiply-add counts as tw
 import math
 
 from seekvl.models.adaptor import POOLING_SIDE, AdaptorConfig
+from seekvl.models.attention import OTHER_SCORES
 from seekvl.models.deepseek_v2 import DeepseekV2Config
 from seekvl.models.hybrid import HybridConfig
 from seekvl.models.llama import LlamaConfig
@@ -108,7 +109,7 @@ def sam_flops(config: SamConfig, *, pictures: int = 1) -> int:
         else:
             squares, side = math.ceil(config.grid / w) ** 2, w
         s = side * side
-        total += squares * (4 * s * c * c + 2 * s * s * c + 2 * s * side * c) + 2 * t * c * config.mlp_width
+        total += 4 * t * c * c + squares * (2 * s * s * c + 2 * s * side * c) + 2 * t * c * config.mlp_width
     k, (first, second) = config.neck_channels, config.downsample_channels
     neck = t * (c * k + 9 * k * k)
     out = config.out_grid**2
@@ -185,7 +186,9 @@ def _siglip_activations(config: SiglipConfig, bytes_per_number: int) -> int:
 
 
 def _sam_activations(config: SamConfig, bytes_per_number: int) -> int:
-    """Bytes of one picture in the SAM tower: the biases of a global block outweigh all else."""
+    """Bytes of one picture in the SAM tower: the biases of a global block, as many as are there at once,
+    outweigh all else.
+    """
     t, side = config.grid**2, config.grid
-    bias = config.heads * t * (t + 2 * side)
+    bias = min(config.heads * t * t, OTHER_SCORES) + config.heads * t * 2 * side
     return (bias + t * 6 * config.width) * bytes_per_number

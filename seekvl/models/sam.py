@@ -6,11 +6,12 @@ brings its 64 x 64 map to the 24 x 24 grid of the other tower. The published wei
 that the paper does not mention: the output of the first global block passes a neck of its own and is added,
 scaled by a learned alpha.
 
-Letters: n pictures, g patches along a side, c width, h heads, e width of a head, w window side, s keys along
-a side.
+Letters: n pictures, g patches along a side (where attention alone is meant: heads of all squares), c width,
+h heads, e width of a head, w side of a square, s keys along a side.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from seekvl.models.attention import attend_in_blocks
 from seekvl.models.siglip import Mlp, Rgb, normalise
 from seekvl.runtime import SeekVLError, check_positive
 
@@ -127,23 +129,38 @@ class WindowAttention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, head_width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix each square of x[n, w, w, c] over its w*w patches."""
-        q, k, v = rearrange(self.qkv(x), "n y x (three h e) -> three n h (y x) e", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(q))  # n h (w w) e
-        out: Tensor = self.proj(rearrange(x, "n h (y x) e -> n y x (h e)", y=self.side))
+        """Mix x[n, g, g, c] over its patches, or where g is not the side w of a square over those of each
+        window.
+        """
+        assert self.qkv.bias is not None
+        x = self.qkv(x)  # n g g 3c
+        x = self.mix(x) if x.shape[1] == self.side else in_windows(x, self.side, self.mix, fill=self.qkv.bias)
+        out: Tensor = self.proj(x)
         return out
 
-    def bias(self, q: Tensor) -> Tensor:
-        """Return the additive bias n h (w w) (s s) from the queries n h (w w) e; the queries are *not* scaled
-        here.
+    def mix(self, qkv: Tensor) -> Tensor:
+        """Return what the heads see, f[n, w, w, c], in squares of projected patches f[n, w, w, 3c]."""
+        n = len(qkv)
+        q, k, v = rearrange(qkv, "n y x (three h e) -> three (n h) (y x) e", three=3, h=self.heads)
+        rows, columns = self.distances(q)
+
+        def bias(heads: slice, patches: slice) -> Tensor:
+            return (rows[heads, patches, :, None] + columns[heads, patches, None, :]).flatten(2)
+
+        x = attend_in_blocks(q, k, v, bias=bias)  # (n h) (w w) e
+        return rearrange(x, "(n h) (y x) e -> n y x (h e)", n=n, y=self.side)
+
+    def distances(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what queries f[g, w*w, e], which are *not* scaled here, add to the scores of each row of
+        keys and of each column: f[g, w*w, s] both. The bias of a key is the sum of its row's and its
+        column's.
         """
         offset = torch.arange(self.side, device=q.device)
         offset = offset[:, None] - offset[None, :] + self.side - 1  # w s
-        q = rearrange(q, "n h (y x) e -> n h y x e", y=self.side)
-        rows = torch.einsum("nhyxe,yse->nhyxs", q, self.rel_pos_h[offset])
-        columns = torch.einsum("nhyxe,xse->nhyxs", q, self.rel_pos_w[offset])
-        bias = rows[..., :, None] + columns[..., None, :]  # n h w w s s
-        return rearrange(bias, "n h y x a b -> n h (y x) (a b)")
+        q = rearrange(q, "g (y x) e -> g y x e", y=self.side)
+        rows = torch.einsum("gyxe,yse->gyxs", q, self.rel_pos_h[offset])
+        columns = torch.einsum("gyxe,xse->gyxs", q, self.rel_pos_w[offset])
+        return rows.flatten(1, 2), columns.flatten(1, 2)
 
 
 class Block(nn.Module):
@@ -151,7 +168,6 @@ class Block(nn.Module):
 
     def __init__(self, config: SamConfig, *, is_global: bool) -> None:
         super().__init__()
-        self.window = 0 if is_global else config.window
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = WindowAttention(config, config.grid if is_global else config.window)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -159,29 +175,29 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply attention and MLP to x[n, g, g, c], each added to the stream."""
-        y = self.norm1(x)
-        x = x + (in_windows(y, self.window, self.attn) if self.window else self.attn(y))
+        x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
 
-def in_windows(x: Tensor, w: int, mix: nn.Module) -> Tensor:
+def in_windows(x: Tensor, w: int, mix: Callable[[Tensor], Tensor], *, fill: Tensor | None = None) -> Tensor:
     """Apply `mix` to each w x w window of x[n, g, g, c] and put the map together again.
 
-    The map is padded with zeros at the bottom and on the right to a multiple of w. The padding takes part in
-    the attention (its keys and values are the projection's bias): the published weights were trained that
-    way.
+    The map is padded at the bottom and on the right to a multiple of w, with zeros or with `fill` f[c]. The
+    padding takes part in the attention: the published weights were trained with zeros before the projection,
+    of which its bias is left behind it.
 
         64 -> 70 = 5 windows of 14;   the last window of a row holds 8 real columns and 6 of padding
     """
-    n, g = x.shape[:2]
+    n, g, _, c = x.shape
     count = math.ceil(g / w)
-    pad = count * w - g
-    x = F.pad(x, (0, 0, 0, pad, 0, pad))  # n (count w) (count w) c
-    x = rearrange(x, "n (a y) (b x) c -> (n a b) y x c", y=w, x=w)
+    padded = x.new_zeros(c) if fill is None else fill.to(x.dtype)
+    padded = padded.expand(n, count * w, count * w, c).clone()
+    padded[:, :g, :g] = x  # n (count w) (count w) c
+    x = rearrange(padded, "n (a y) (b x) c -> (n a b) y x c", y=w, x=w)
     x = mix(x)
     x = rearrange(x, "(n a b) y x c -> n (a y) (b x) c", n=n, a=count)
-    return x[:, :g, :g]
+    return x[:, :g, :g].contiguous()
 
 
 class Sam(nn.Module):
@@ -216,7 +232,7 @@ class Sam(nn.Module):
             if self.config.pixel_mean is None or self.config.pixel_std is None:
                 raise SeekVLError("this SAM tower has no pixel mean: its processor must normalise the pixels")
             pixels = normalise(pixels, mean=self.config.pixel_mean, std=self.config.pixel_std)
-        x = rearrange(self.patch_embed(pixels), "n c y x -> n y x c") + self.pos_embed
+        x = rearrange(self.patch_embed(pixels), "n c y x -> n y x c").contiguous() + self.pos_embed
         side_branch = None
         for layer, block in enumerate(self.blocks):
             x = block(x)

@@ -142,7 +142,8 @@ class Siglip(nn.Module):
                     "this SigLIP tower has no pixel mean: its processor must normalise the pixels"
                 )
             pixels = normalise(pixels, mean=self.config.pixel_mean, std=self.config.pixel_std)
-        x = rearrange(self.patch_embed(pixels), "n c y x -> n (y x) c")  # n t c
+        # Sums keep the layout of their parts: a stream left in that of the convolution is slow in each block.
+        x = rearrange(self.patch_embed(pixels), "n c y x -> n (y x) c").contiguous()  # n t c
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x)

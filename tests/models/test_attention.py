@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seekvl.models import attention
-from seekvl.models.attention import BLOCK, attend, materialised
+from seekvl.models.attention import BLOCK, CPU_SCORES, attend, attend_in_blocks, materialised
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -96,3 +96,78 @@ def test_only_learning_in_bfloat16_on_a_cpu_is_materialised(monkeypatch: pytest.
     assert calls == []
     attend(*half, causal=True)
     assert calls == [torch.bfloat16]
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+@pytest.mark.parametrize("limit", [1, 40, 100, 200, CPU_SCORES])
+def test_blocks_of_any_size_equal_the_whole(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven queries and keys of four heads: from one query at a time to everything at once."""
+    monkeypatch.setattr(attention, "CPU_SCORES", limit)
+    q, k, v = (x.detach() for x in inputs(7, w=12))
+    added = torch.randn(4, 7, 7)
+    sizes: list[int] = []
+
+    def bias(these: slice, now: slice) -> Tensor:
+        sizes.append(added[these, now].numel())
+        return added[these, now].clone()
+
+    whole = F.scaled_dot_product_attention(q, k, v, attn_mask=added.view(2, 2, 7, 7), scale=0.3)
+    ours = attend_in_blocks(heads(q), heads(k), heads(v), bias=bias, scale=0.3).view_as(whole)
+    assert sum(sizes) == 4 * 7 * 7
+    assert max(sizes) <= max(limit, 7)
+    torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
+    half = [heads(x).bfloat16() for x in (q, k, v)]
+    rough = attend_in_blocks(*half, bias=lambda *block: added[block].bfloat16(), scale=0.3)
+    torch.testing.assert_close(rough.float().view_as(whole), whole, rtol=0, atol=0.03)
+    plain = attend_in_blocks(heads(q), heads(k), heads(v)).view_as(whole)
+    torch.testing.assert_close(plain, attend(q, k, v), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_learning_takes_one_block_whose_gradients_are_those_of_the_whole(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "CPU_SCORES", 1)
+    added = torch.randn(4, 7, 7)
+    exact = tuple(x.detach().requires_grad_() for x in (*inputs(7, w=12), added))
+    q, k, v, extra = exact
+    whole = F.scaled_dot_product_attention(q, k, v, attn_mask=extra.view(2, 2, 7, 7))
+    rounded = tuple(x.detach().to(dtype, copy=True).requires_grad_() for x in exact)
+    q, k, v, extra = rounded
+    blocks: list[tuple[slice, ...]] = []
+
+    def bias(*block: slice) -> Tensor:
+        blocks.append(block)
+        return extra[block].clone()
+
+    ours = attend_in_blocks(heads(q), heads(k), heads(v), bias=bias).view_as(whole)
+    assert (len(blocks), ours.dtype) == (1, dtype)
+    torch.testing.assert_close(ours.float(), whole, rtol=0, atol=tolerance)
+    for one, other in zip(gradients(ours, rounded), gradients(whole, exact), strict=True):
+        largest = other.abs().max()
+        torch.testing.assert_close(one.float() / largest, other / largest, rtol=0, atol=tolerance)
+
+
+def test_only_answers_in_bfloat16_on_a_cpu_to_all_tokens_go_by_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes: list[torch.Size] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
+        shapes.append(q.shape)
+        return attend_in_blocks(q, k, v, scale=scale)
+
+    monkeypatch.setattr(attention, "attend_in_blocks", spy)
+    q, k, v = inputs(6, w=12)
+    half = [x.detach().bfloat16() for x in (q, k, v)]
+    attend(q, k, v)
+    attend(*half, causal=True)
+    attend(*half, mask=torch.ones(6, 6, dtype=torch.bool))
+    attend(half[0][:, :, :1], *half[1:])
+    assert shapes == []
+    out = attend(*half)
+    assert shapes == [(4, 6, 12)]
+    torch.testing.assert_close(out.float(), attend(q, k, v), rtol=0, atol=0.03)

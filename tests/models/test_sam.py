@@ -1,9 +1,13 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
+from seekvl.models import attention
 from seekvl.models.sam import PixelNorm, Sam, SamConfig, WindowAttention, in_windows
 from seekvl.runtime import SeekVLError
 
@@ -60,6 +64,79 @@ def test_window_attention_equals_the_definition(tower: Sam) -> None:
         torch.testing.assert_close(attention(x)[n], attention_by_hand(attention, x[n]), rtol=1e-4, atol=1e-5)
 
 
+def plain_attention(module: WindowAttention, x: Tensor) -> Tensor:
+    """Attention over squares x[n, w, w, c] with the bias of all pairs in memory."""
+    q, k, v = rearrange(module.qkv(x), "n y x (three h e) -> three n h (y x) e", three=3, h=module.heads)
+    place = torch.arange(module.side)
+    offset = place[:, None] - place + module.side - 1
+    grid = rearrange(q, "n h (y x) e -> n h y x e", y=module.side)
+    rows = torch.einsum("nhyxe,yse->nhyxs", grid, module.rel_pos_h[offset])
+    columns = torch.einsum("nhyxe,xse->nhyxs", grid, module.rel_pos_w[offset])
+    bias = rearrange(rows[..., :, None] + columns[..., None, :], "n h y x a b -> n h (y x) (a b)")
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    out: Tensor = module.proj(rearrange(x, "n h (y x) e -> n y x (h e)", y=module.side))
+    return out
+
+
+@pytest.mark.parametrize("limit", [1000, attention.CPU_SCORES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_blocks_and_late_padding_equal_the_plain_form_forward_and_backward(
+    tower: Sam, layer: int, dtype: torch.dtype, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain form pads before the projection, and has all scores and biases in memory. In bfloat16 we are
+    about as far from float32 as it is, though our scores are rounded, like those of the official code.
+    """
+    monkeypatch.setattr(attention, "CPU_SCORES", limit)
+    module = tower.blocks[layer].attn
+    torch.nn.init.normal_(module.qkv.bias)
+    module.bfloat16()
+    x = torch.randn(2, 12, 12, 16).bfloat16()
+
+    def learned(run: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        module.to(dtype).zero_grad()
+        source = x.to(dtype, copy=True).requires_grad_()
+        out = run(source)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype))
+        grads = [source.grad, *(parameter.grad for parameter in module.parameters())]
+        with torch.no_grad():
+            answer = run(source)
+        tensors = out.detach(), answer, *(grad for grad in grads if grad is not None)
+        return [tensor.float().clone() for tensor in tensors]
+
+    def plain(x: Tensor) -> Tensor:
+        if layer:
+            return plain_attention(module, x)
+        return in_windows(x, 5, lambda square: plain_attention(module, square))
+
+    exact, theirs, ours = learned(plain, torch.float32), learned(plain, dtype), learned(module, dtype)
+    assert len(exact) == len(theirs) == len(ours) == 9
+    for one, other, expected in zip(ours, theirs, exact, strict=True):
+        allowed = 4 * (other - expected).norm() + 1e-5 * expected.norm()
+        assert (one - expected).norm() <= allowed
+
+
+def test_a_tower_learns_under_autocast(tower: Sam) -> None:
+    """Weights in float32, products in bfloat16: how nano trains."""
+    torch.nn.init.normal_(tower.blocks[0].attn.qkv.bias)
+    pixels = torch.rand(1, 3, 96, 96)
+    exact = tower(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = tower(pixels)
+    torch.testing.assert_close(
+        rough.float() / exact.abs().max(), exact / exact.abs().max(), rtol=0, atol=0.05
+    )
+    for out in (exact, rough):
+        tower.zero_grad()
+        out.float().square().sum().backward()
+        grads = [parameter.grad.clone() for parameter in tower.parameters() if parameter.grad is not None]
+        assert len(grads) == len(list(tower.parameters()))
+        norm = torch.stack([grad.norm() for grad in grads]).norm()
+        if out is exact:
+            expected = norm
+    torch.testing.assert_close(norm, expected, rtol=0.05, atol=0)
+
+
 def test_windows_see_zero_padding_and_nothing_of_each_other() -> None:
     x = torch.randn(1, 12, 12, 4)
     seen: list[Tensor] = []
@@ -68,13 +145,24 @@ def test_windows_see_zero_padding_and_nothing_of_each_other() -> None:
         seen.append(windows)
         return windows
 
-    assert torch.equal(in_windows(x, 5, spy), x)  # type: ignore[arg-type]
+    assert torch.equal(in_windows(x, 5, spy), x)
     (windows,) = seen
     assert windows.shape == (9, 5, 5, 4)
     assert torch.equal(windows[0], x[0, :5, :5])
     assert torch.equal(windows[5][:, :2], x[0, 5:10, 10:12])
     assert not windows[8][2:].any()
     assert not windows[8][:, 2:].any()
+
+
+def test_the_stream_is_contiguous(tower: Sam) -> None:
+    """In the layout of a convolution every sum and norm would copy it."""
+    seen: list[Tensor] = []
+    for block in tower.blocks:
+        block.register_forward_hook(lambda _module, inputs, output: seen.extend((inputs[0], output)))
+        block.attn.proj.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    tower(torch.rand(2, 3, 96, 96))
+    assert len(seen) == 9
+    assert all(x.is_contiguous() for x in seen)
 
 
 def test_a_batch_equals_single_pictures(tower: Sam) -> None:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import Tensor
 
 from seekvl.models.siglip import Siglip, SiglipConfig, normalise
 from seekvl.runtime import SeekVLError
@@ -30,6 +31,30 @@ def test_a_batch_equals_single_pictures(tower: Siglip) -> None:
     assert together.shape == (3, 16, 24)
     for n in range(3):
         torch.testing.assert_close(together[n : n + 1], tower(pixels[n : n + 1]), rtol=0, atol=1e-5)
+
+
+def test_the_stream_is_contiguous(tower: Siglip) -> None:
+    """In the layout of a convolution every sum and norm would copy it."""
+    seen: list[Tensor] = []
+    for block in tower.blocks:
+        block.register_forward_hook(lambda _module, inputs, output: seen.extend((inputs[0], output)))
+    tower(torch.rand(2, 3, 32, 32))
+    assert len(seen) == 4
+    assert all(x.is_contiguous() for x in seen)
+
+
+def test_answers_in_bfloat16_equal_those_of_the_form_that_learns(
+    tower: Siglip,
+) -> None:
+    """Answers attend in blocks, learning keeps the scores: the same numbers but for rounding."""
+    pixels = torch.rand(2, 3, 32, 32).bfloat16()
+    exact = tower(pixels.float()).detach()
+    learned = tower.bfloat16()(pixels)
+    with torch.no_grad():
+        answered = tower(pixels)
+    for rough in (learned, answered):
+        torch.testing.assert_close(rough.float(), exact, rtol=0, atol=0.06)
+    torch.testing.assert_close(answered, learned, rtol=0, atol=0.06)
 
 
 def test_patches_are_row_major(tower: Siglip) -> None:

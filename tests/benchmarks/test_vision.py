@@ -1,0 +1,80 @@
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.0")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import vision as program
+
+QUICK = ("--tiny", "--rounds", "1", "--threads", "1", "--quiet", "0")
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    threads = torch.get_num_threads()
+
+    def output(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["vision.py", *arguments])
+        program.main()
+        return capsys.readouterr().out
+
+    yield output
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_figure_of_both_sides(dtype: str, run: Run) -> None:
+    said = run(*QUICK, "--json", "--dtype", dtype)
+    figures = json.loads(said.splitlines()[-1])
+    assert tuple(figures) == program.FIGURES
+    for name, figure in figures.items():
+        assert set(figure) == {"ours", "peer", "ratio", "unit", "peer_name"}, name
+        assert figure["ours"] > 0, name
+        assert figure["peer"] > 0, name
+        assert figure["ratio"] == figure["ours"] / figure["peer"], name
+        assert figure["peer_name"] == "transformers"
+        assert f"{name}: results differ by at most" in said
+
+
+def test_figures_can_be_chosen(run: Run) -> None:
+    said = run(*QUICK, "--json", "--figures", "so400m_10", "--cpu-time")
+    assert list(json.loads(said.splitlines()[-1])) == ["so400m_10"]
+    assert "CPU time of 1 thread" in said
+
+
+def test_both_sides_hold_the_same_weights() -> None:
+    vision = program.replace(program.SIGLIP_SO400M, image_size=28, width=16, layers=1, heads=1, mlp_width=8)
+    tower, peer = program.towers(vision, dtype=torch.float32)
+    with torch.no_grad():
+        tower.blocks[0].mlp.fc1.weight.fill_(7)
+    assert bool((peer.model.vision_model.encoder.layers[0].mlp.fc1.weight == 7).all())
+
+
+def test_towers_that_do_not_compute_the_same_have_no_figures(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program.Siglip, "forward", lambda self, pixels, normalized: self.pos_embed + 1)
+    with pytest.raises(SystemExit, match="not the same computation"):
+        run(*QUICK, "--figures", "so400m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rounds", "0"), "--rounds must be at least 1, not 0"),
+        (("--threads", "0"), "--threads must be at least 1, not 0"),
+        (("--cpu-time", "--threads", "2"), "--cpu-time needs --threads 1, not 2"),
+    ],
+)
+def test_a_number_that_cannot_be_meant(
+    arguments: tuple[str, ...], message: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
