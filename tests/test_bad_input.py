@@ -342,7 +342,7 @@ LOADING = [
     Case("quantize", lambda: {"quantize": "int3"}, "quantize='int3'"),
     Case(
         "quantized on a GPU",
-        lambda: {"quantize": "int4", "device": "meta"},
+        lambda: {"quantize": "int4", "device": "cuda:0"},
         "int4 is computed on the CPU alone",
     ),
     Case("revision of a folder", lambda: {"revision": "main"}, "revision 'main'"),

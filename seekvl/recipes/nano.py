@@ -11,6 +11,7 @@ Then come the three stages of 2403.05525, sec. 3.2.
     stage 3     SigLIP, adaptor, language model  several questions a picture
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from seekvl.processing.template import Template
 from seekvl.processing.tokenizer import BOS, EOS, GROUNDING_MARKS, IMAGE, Tokenizer
 from seekvl.recipes.nano_build import Build, learn_to_answer, learn_words, warm_up_adaptor, warm_up_towers
 from seekvl.recipes.nano_initialise import initialise
-from seekvl.recipes.nano_sources import PictureSource, TextSource
+from seekvl.recipes.nano_sources import Draw, PictureSource, TextSource
 from seekvl.recipes.nano_views import Squares
 from seekvl.recipes.nano_words import VOCABULARY
 from seekvl.runtime import seed_for
@@ -85,6 +86,8 @@ SPECIALS = (BOS, EOS, IMAGE, *GROUNDING_MARKS)
 """Special tokens of its vocabulary: those of DeepSeek-VL, and the marks of boxes of DeepSeek-VL2."""
 QUESTIONS = 8
 """Most questions a picture."""
+DRAW: Draw = partial(corpus.sample, mixture=corpus.Mixture(shapes=74, sign=16, chart=10, strip=0))
+"""What draws the pictures with questions: more shapes than are measured, for they are what takes longest."""
 
 
 def processor(tokenizer: Tokenizer) -> Processor:
@@ -216,7 +219,7 @@ def build(start: Build) -> Path:
     learn_to_answer(start, model, stage=language(), lengths=LENGTHS, text=text)
     warm_up_adaptor(start, model, stage=stage1(), look=look, draw=corpus.scene, tokenizer=prepare.tokenizer)
     for stage in (stage2(), stage3()):
-        pictures = PictureSource(prepare, seed_for(start.seed, stage.name), QUESTIONS)
+        pictures = PictureSource(prepare, seed_for(start.seed, stage.name), QUESTIONS, DRAW)
         learn_to_answer(start, model, stage=stage, lengths=LENGTHS, text=text, pictures=pictures)
     target = start.folder / NANO
     save_checkpoint(model, target, config=CHECKPOINT, tokenizer=words, dtype=torch.float16, overwrite=True)

@@ -139,7 +139,7 @@ def _quantization(config: CheckpointConfig, wish: str | None, *, device: str | t
             "it as it is, or quantise the one it was made from"
         )
     kind = next((known for known in KINDS if known == (wish or config.quantization)), None)
-    if kind is not None and device != "auto" and select_device(device).type != "cpu":
+    if kind is not None and str(device).partition(":")[0] not in ("auto", "cpu"):
         raise SeekVLError(
             f"{kind} is computed on the CPU alone, not on {device}: use device='cpu', or a plain checkpoint "
             "with dtype='bfloat16' on the GPU"
