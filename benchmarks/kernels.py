@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quiet import Neighbours, wait_until_quiet
+from seekvl.evals.machine import Neighbours, wait_until_quiet
 
 if TYPE_CHECKING:
     import torch

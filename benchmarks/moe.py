@@ -32,8 +32,6 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from peer_transformers import peak_memory, processor
-from quiet import Neighbours, wait_until_quiet
 from torch import Tensor, nn
 
 import seekvl
@@ -42,6 +40,7 @@ from seekvl.engine.cache import KVCache
 from seekvl.engine.kernels import decoder as kernels
 from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.kernels.compiled import choose_level
+from seekvl.evals.machine import Neighbours, peak_memory, processor, wait_until_quiet
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.moe import Moe, RouterRecord
 from seekvl.presets import VL2_TINY

@@ -11,7 +11,6 @@ tied.
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quiet import Neighbours, wait_until_quiet
+from seekvl.evals.clock import Clock, watch
+from seekvl.evals.machine import Neighbours, fill_page_cache, peak_memory, processor, wait_until_quiet
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from seekvl.presets import Preset
 
 PEER = "transformers"
-TOKENIZER = Path(__file__).parents[1] / "tests/golden/transformers-layout/deepseek_vl/tokenizer.json"
 TEXT_TOKENS = 54
 COMPARED = 8
 """Tokens whose logits are compared."""
@@ -147,36 +146,16 @@ def preset(*, tiny: bool) -> "Preset":
 
 def make_checkpoint(folder: Path, *, tiny: bool) -> None:
     """Write random bfloat16 weights in the transformers layout, unless the folder holds them already."""
-    import torch
+    from seekvl.evals.random_weights import write_random
 
-    from seekvl.models.vl2 import on_meta
-    from seekvl.runtime import torch_generator
-    from seekvl.weights.config import CheckpointConfig
-    from seekvl.weights.save import save_checkpoint
-
-    if (folder / "config.json").exists():
-        return
-    print(f"writing random weights to {folder}", file=sys.stderr)
-    kind = preset(tiny=tiny)
-    model = on_meta(kind.model).to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    generator = torch_generator(0, "benchmark weights")
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.02, generator=generator)
-        else:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    config = CheckpointConfig(
-        model=kind.model, image=kind.image, template=kind.template, layout="transformers"
-    )
-    save_checkpoint(model, folder, config=config, tokenizer=TOKENIZER)
+    if not (folder / "config.json").exists():
+        print(f"writing random weights to {folder}", file=sys.stderr)
+        write_random(preset(tiny=tiny), folder)
 
 
 def run_side(side: str, folder: Path, *, scratch: Path, args: argparse.Namespace) -> Measured:
     """Measure one program in a fresh process, with the weights in the page cache."""
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb", buffering=0) as file:
-            while file.read(1 << 24):
-                pass
+    fill_page_cache(folder)
     wait_until_quiet(seconds=args.quiet)
     command = [sys.executable, __file__, "--worker", side, "--folder", str(folder)]
     command += ["--logits", str(scratch / f"{side}.safetensors")]
@@ -220,23 +199,6 @@ def work(args: argparse.Namespace) -> Measured:
     )
 
 
-def peak_memory() -> float:
-    """Return the largest resident memory this process had, GiB.
-
-    Linux hands `ru_maxrss` of the parent on to a new program, so that a parent who has just written the
-    weights would be measured instead; the status file starts anew.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**20
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if platform.system() == "Darwin" else 2**20)
-
-
-Clock = Callable[[], float]
 Answered = tuple[list[int], float, float, list[float]]
 """Tokens, when the work began, seconds of vision, when each token was there."""
 Started = tuple[float, Callable[[int], Answered], "torch.nn.Module"]
@@ -259,14 +221,6 @@ def picture(side: int) -> "torch.Tensor":
 
     ramp = torch.linspace(-1, 1, side)
     return torch.stack((ramp.expand(side, side), ramp[:, None].expand(side, side), ramp.outer(ramp)))[None]
-
-
-def watch(first: "torch.nn.Module", last: "torch.nn.Module", *, clock: Clock) -> Callable[[], float]:
-    """Time from the call of one module to the result of another; return how to ask for the latest seconds."""
-    marks = {"began": 0.0, "ended": 0.0}
-    first.register_forward_pre_hook(lambda _module, _inputs: marks.update(began=clock()))
-    last.register_forward_hook(lambda _module, _inputs, _out: marks.update(ended=clock()))
-    return lambda: marks["ended"] - marks["began"]
 
 
 def start_seekvl(folder: Path, *, clock: Clock) -> Started:
@@ -417,14 +371,6 @@ def shown(measured: Measured) -> str:
     """Return what one process measured, in a line."""
     figures = [f"{figure.name} {getattr(measured, figure.name):.3f} {figure.unit}" for figure in FIGURES]
     return f"{', '.join(figures)}; {measured.neighbours:.2f} cores busy with other work"
-
-
-def processor() -> str:
-    """Return the name of the CPU, as far as the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from seekvl import __version__
-from seekvl.cli import ask, chat, convert, eval, plan, train, verify
+from seekvl.cli import ask, bench, chat, convert, eval, plan, train, verify
 
 
 class Verbs(TyperGroup):
@@ -80,6 +80,7 @@ app.command("ask", epilog=ask.EXAMPLE)(ask.ask)
 app.command("chat", epilog=chat.EXAMPLE)(chat.chat)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
+app.command("bench", epilog=bench.EXAMPLE)(bench.bench)
 app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
 app.add_typer(eval.app, name="eval")
 app.add_typer(train.app, name="train")

@@ -36,6 +36,21 @@ def active_parameters(config: LlamaConfig | DeepseekV2Config) -> int:
     )
 
 
+def step_parameters(config: LlamaConfig | DeepseekV2Config, *, rows: int = 1) -> float:
+    """Return the parameters that a decoding step of so many rows reads: `active_parameters`, and with more
+    rows than one the experts that the others choose.
+
+    Rows choose alone and evenly here, so that of E experts E (1 - (1 - k/E)^rows) are read on average.
+    """
+    found = float(active_parameters(config))
+    if isinstance(config, DeepseekV2Config) and config.moe is not None:
+        moe = config.moe
+        sparse = sum(config.has_experts(layer) for layer in range(config.layers))
+        read = moe.experts * (1 - (1 - moe.active / moe.experts) ** rows)
+        found += sparse * 3 * moe.width * config.width * (read - moe.active)
+    return found
+
+
 def cache_bytes_per_token(config: LlamaConfig | DeepseekV2Config, *, bytes_per_number: int = 2) -> int:
     """Return the bytes that one token takes in the cache over all layers."""
     return config.layers * sum(heads * width for heads, width in config.cache_shape) * bytes_per_number

@@ -9,7 +9,7 @@ from seekvl.models import cost
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.vl import VL, VLConfig
 from seekvl.models.vl2 import VL2
-from seekvl.presets import CHECKPOINTS
+from seekvl.presets import CHECKPOINTS, VL2_TINY
 from tests.models.test_deepseek_v2 import BASE, TINY
 from tests.models.test_llama import GrowingCache
 from tests.models.test_vl import HYBRID, SINGLE
@@ -114,3 +114,13 @@ def test_vl2_language_flops_equal_a_counter_but_for_the_masked_half(
     hidden = 2 * config.layers * (pair * (every - pairs) + padded * config.heads * every)
     found = cost.language_flops(config, tokens=new, past=past, heads_out=new)
     assert found + hidden == counter.get_total_flops()
+
+
+def test_more_rows_read_more_experts() -> None:
+    language = VL2_TINY.model.language
+    assert cost.step_parameters(language) == pytest.approx(cost.active_parameters(language))
+    expert = 3 * 896 * 1280 * 11
+    two = cost.step_parameters(language, rows=2) - cost.step_parameters(language)
+    assert two == pytest.approx(expert * 6 * (64 - 6) / 64)
+    most = cost.step_parameters(language, rows=100_000) - cost.step_parameters(language)
+    assert most == pytest.approx(expert * (64 - 6))

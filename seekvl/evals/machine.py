@@ -1,11 +1,14 @@
-"""Timing on a machine that others use too: how busy they are, and a wait until they are not.
+"""The machine that is measured on: its name, this process's memory, how busy others are, and a wait until
+they are not.
 
 Two-thread timings with a busy neighbour are worthless, many times off; a figure is worth as much as the quiet
 around it, so benchmarks print both.
 """
 
 import os
+import platform
 import time
+from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -48,3 +51,35 @@ def wait_until_quiet(*, seconds: float, limit: float = 0.2) -> bool:
         if neighbours.cores() < limit:
             return True
     return False
+
+
+def peak_memory() -> float:
+    """Return the largest resident memory this process had, GiB.
+
+    Linux hands `ru_maxrss` of the parent on to a new program, so that a parent who has just written the
+    weights would be measured instead; the status file starts anew.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if platform.system() == "Darwin" else 2**20)
+
+
+def processor() -> str:
+    """Return the name of the CPU, as far as the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+
+
+def fill_page_cache(folder: Path) -> None:
+    """Read the weights of a checkpoint folder once, so that loading them is not a figure of the disk."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass

@@ -1,0 +1,72 @@
+"""Checkpoints without a download: random weights at the true dimensions of a published model.
+
+They measure what real weights would, for a dense network: speed does not depend on numbers. In a mixture of
+experts a random router spreads the tokens about evenly.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from seekvl.engine.budget import free_bytes
+from seekvl.models.cost import parameters
+from seekvl.models.vl2 import VL2Config, on_meta
+from seekvl.presets import Preset
+from seekvl.processing.tokenizer import VL2_ADDED
+from seekvl.runtime import SeekVLError, torch_generator
+from seekvl.weights.config import VL2_TOKENS, CheckpointConfig, SpecialTokens
+from seekvl.weights.load import BUNDLED, NANO
+from seekvl.weights.save import save_checkpoint
+from seekvl.weights.self_check import SELFCHECK
+
+TOKENIZERS = {
+    False: BUNDLED[NANO] / "tokenizer.json",
+    True: SELFCHECK / "vl2-small-like" / "tokenizer.json",
+}
+"""Small tokenizers that ship with the package, by whether the model is a DeepSeek-VL2."""
+
+SPECIALS = {False: SpecialTokens(), True: replace(VL2_TOKENS, added=VL2_ADDED)}
+"""Their control tokens; those of DeepSeek-VL2 are added to what the file holds."""
+
+
+def write_random(preset: Preset, folder: Path, *, tokenizer: Path | None = None) -> None:
+    """Write random bfloat16 weights: DeepSeek-VL in the transformers layout, DeepSeek-VL2 in the official
+    one.
+
+    tokenizer: a `tokenizer.json`; by default a small one of the package. Its words are not the published
+    ones, the network's vocabulary is.
+
+    Raises SeekVLError where memory or disk cannot hold the weights, and for a folder that has a checkpoint.
+    """
+    tiled = isinstance(preset.model, VL2Config)
+    size = sum(parameters(preset.model).values()) * torch.bfloat16.itemsize
+    _check_room(size, folder)
+    model = on_meta(preset.model).to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    generator = torch_generator(0, "benchmark weights")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.02, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    config = CheckpointConfig(
+        model=preset.model,
+        image=preset.image,
+        template=preset.template,
+        specials=SPECIALS[tiled],
+        layout="official" if tiled else "transformers",
+    )
+    save_checkpoint(model, folder, config=config, tokenizer=tokenizer or TOKENIZERS[tiled])
+
+
+def _check_room(size: int, folder: Path) -> None:
+    """Refuse weights of so many bytes that memory or the disk of the folder cannot hold."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    room = {"free memory": free_bytes(torch.device("cpu")), f"disk of {there}": shutil.disk_usage(there).free}
+    for place, free in room.items():
+        if size > free:
+            raise SeekVLError(
+                f"random weights of this model take {size / 2**30:.1f} GiB, the {place} has "
+                f"{free / 2**30:.1f} GiB; choose a smaller model, or another place with --folder"
+            )

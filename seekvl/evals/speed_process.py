@@ -1,0 +1,267 @@
+"""One process that is measured: it loads a model, answers, and writes what it took as a line of JSON.
+
+Each program gets processes of its own, so that memory is its own, and the threads of one do not spin on the
+cores of the other. `evals.speed` starts them:
+
+    python -m seekvl.evals.speed_process JOB
+
+where JOB is a `Job` as JSON. seekvl is asked through what users hold (`load`, `chat`, `batch`), with another
+picture in every question, so that nothing is known from the one before.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from seekvl.evals.machine import Neighbours, peak_memory
+from seekvl.evals.peers import Transformers, disagreement
+from seekvl.processing.choices import Preprocessing
+from seekvl.processing.encode import Processor
+from seekvl.runtime import DTYPES, SeekVLError
+from seekvl.vlm import VLM, load
+from seekvl.weights.config import read_config
+from seekvl.weights.load import find_folder, load_tokenizer
+
+Side: TypeAlias = Literal["seekvl", "transformers"]
+
+PICTURE = (384, 384)
+"""Width and height of the pictures, px."""
+TEXT_TOKENS = 54
+"""Least tokens of the words of a question."""
+COMPARED = 8
+"""Greedy tokens that are compared with the peer's."""
+SHORTEST = 1.0
+"""Seconds of work behind a figure at least: short answers are repeated, the median counts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a process is asked to do; it travels as JSON."""
+
+    side: Side
+    model: str
+    """A bundled model or a folder."""
+    dtype: str
+    threads: int
+    batches: tuple[int, ...]
+    """Answers decoded together, ascending."""
+    tokens: int
+    """Tokens of every answer."""
+    preprocessing: Preprocessing = "seekvl"
+    """How pictures become pixels; beside a peer as the peer does it, so that both see the same."""
+    check: str | None = None
+    """File for logits: compare answers instead of timing them. seekvl writes it, the peer reads it."""
+    expected: tuple[int, ...] = ()
+    """Greedy tokens of seekvl, for the peer's check."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What one process measured."""
+
+    load: float
+    """Seconds from the call to a model that can answer; imports are done, the file is in the page cache."""
+    first_token: float
+    """Seconds from the call of load to the first token of the first answer: what is put off while loading,
+    and the kernels made for new shapes, are in it.
+    """
+    vision: float
+    """Seconds for a picture: towers and adaptor."""
+    prefill: float
+    """Seconds from the picture's features to the first token."""
+    decode: dict[str, float]
+    """Tokens a second of all answers together, without their first tokens; by the number of answers."""
+    memory: dict[str, float]
+    """Largest resident memory of the process so far, GiB; by the number of answers, ascending."""
+    prompt_tokens: int
+    image_tokens: int
+    neighbours: float
+    """Cores that other processes kept busy meanwhile."""
+    level: str | None
+    """Level of the CPU kernels; None where torch computes."""
+
+
+def main(text: str) -> dict[str, object]:
+    """Do the job; return what to print."""
+    values = json.loads(text)
+    job = Job(**values | {"batches": tuple(values["batches"]), "expected": tuple(values["expected"])})
+    torch.set_num_threads(job.threads)
+    try:
+        if job.check is not None:
+            return check_seekvl(job) if job.side == "seekvl" else check_transformers(job)
+        return asdict(measure_seekvl(job) if job.side == "seekvl" else measure_transformers(job))
+    except SeekVLError as error:
+        return {"error": str(error)}
+
+
+def picture(number: int) -> Image.Image:
+    """Draw a smooth picture that no other number has."""
+    width, height = PICTURE
+    across, down = np.linspace(0, 1, width), np.linspace(0, 1, height)[:, None]
+    shades = (across + 0 * down, 0 * across + down, np.sin((number + 1) * (across + down)) / 2 + 0.5)
+    return Image.fromarray((255 * np.stack(shades, axis=2)).astype(np.uint8))
+
+
+def question(processor: Processor, *, number: int = 0) -> list[dict[str, object]]:
+    """Return a conversation: a picture, and words of at least `TEXT_TOKENS` tokens."""
+    text = "What is in the picture?"
+    while len(processor.tokenizer.encode(text)) < TEXT_TOKENS:
+        text += " What else?"
+    content = [{"type": "image", "image": picture(number)}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+def measure_seekvl(job: Job) -> Measured:
+    """Load seekvl, answer once to warm up, then measure each batch."""
+    neighbours = Neighbours()
+    began = time.perf_counter()
+    vlm = endless(job)
+    loaded = time.perf_counter() - began
+    asked = question(vlm.processor)
+    bill = vlm.processor(asked).bill
+    _require_room(job, prompt=bill.total, positions=vlm.config.language.max_positions)
+    began = time.perf_counter()
+    pieces = vlm.stream(asked, max_new_tokens=job.tokens)
+    next(pieces)
+    first_token = loaded + time.perf_counter() - began
+    pieces.close()
+    shown = 0
+    vision, prefill = list[float](), list[float]()
+
+    def answer(rows: int) -> float:
+        """Answer questions together; return the tokens a second."""
+        nonlocal shown
+        asked = [question(vlm.processor, number=shown + row + 1) for row in range(rows)]
+        shown += rows
+        answers = vlm.batch(asked, max_new_tokens=job.tokens)
+        for one in answers:
+            vision.append(one.timings.vision)
+            prefill.append(one.timings.prefill)
+        assert len(answers[-1].token_ids) == job.tokens, "an answer has ended early"
+        return rows * (job.tokens - 1) / answers[-1].timings.decode
+
+    decode, memory = _each_batch(job, answer)
+    return Measured(
+        load=loaded,
+        first_token=first_token,
+        vision=statistics.median(vision),
+        prefill=statistics.median(prefill),
+        decode=decode,
+        memory=memory,
+        prompt_tokens=bill.total,
+        image_tokens=sum(bill.image_tokens),
+        neighbours=neighbours.cores(),
+        level=vlm.kernels,
+    )
+
+
+def endless(job: Job) -> VLM:
+    """Load a model whose answers have no end token: each is as long as asked for."""
+    vlm = load(job.model, device="cpu", dtype=job.dtype, preprocessing=job.preprocessing)
+    vlm.tokenizer.eos_id = -1
+    return vlm
+
+
+def measure_transformers(job: Job) -> Measured:
+    """Do the same with transformers. It encodes the pictures of a batch together, so that the seconds of
+    picture and prompt are those of single answers.
+    """
+    neighbours = Neighbours()
+    peer = Transformers(Path(job.model), dtype=DTYPES[job.dtype], clock=time.perf_counter)
+    processor = _processor(job)
+    inputs = processor(question(processor))
+    first = peer.answer(inputs, count=2)
+    vision, prefill = list[float](), list[float]()
+
+    def answer(rows: int) -> float:
+        """Answer one question in so many rows; return the tokens a second."""
+        reply = peer.answer(inputs, count=job.tokens, rows=rows)
+        if rows == 1:
+            vision.append(reply.vision)
+            prefill.append(reply.times[0] - reply.vision)
+        assert len(reply.times) == job.tokens, "an answer has ended early"
+        return rows * (job.tokens - 1) / (reply.times[-1] - reply.times[0])
+
+    decode, memory = _each_batch(job, answer)
+    return Measured(
+        load=peer.load,
+        first_token=peer.load + first.times[0],
+        vision=statistics.median(vision),
+        prefill=statistics.median(prefill),
+        decode=decode,
+        memory=memory,
+        prompt_tokens=inputs.bill.total,
+        image_tokens=sum(inputs.bill.image_tokens),
+        neighbours=neighbours.cores(),
+        level=None,
+    )
+
+
+def _each_batch(job: Job, answer: Callable[[int], float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Answer in every batch until there is enough to tell; return median rates and the memory so far."""
+    decode, memory = {}, {}
+    for rows in job.batches:
+        rates = list[float]()
+        began = time.perf_counter()
+        while not rates or time.perf_counter() - began < SHORTEST:
+            rates.append(answer(rows))
+        decode[str(rows)] = statistics.median(rates)
+        memory[str(rows)] = peak_memory()
+    return decode, memory
+
+
+def _require_room(job: Job, *, prompt: int, positions: int) -> None:
+    """Refuse answers that the model's longest sequence would cut short."""
+    if prompt + job.tokens > positions:
+        raise SeekVLError(
+            f"answers of {job.tokens:,} tokens were asked for, the prompt of {prompt:,} leaves room for "
+            f"{positions - prompt:,} in the model's longest sequence; ask for fewer with --tokens"
+        )
+
+
+def check_seekvl(job: Job) -> dict[str, object]:
+    """Write the logits after the prompt; return the greedy tokens that follow."""
+    vlm = endless(job)
+    asked = question(vlm.processor)
+    assert job.check is not None
+    save_file({"logits": vlm.logits(asked)[-1].clone()}, job.check)
+    return {"tokens": vlm.chat(asked, max_new_tokens=COMPARED).token_ids}
+
+
+def check_transformers(job: Job) -> dict[str, object]:
+    """Say where transformers and seekvl do not compute the same."""
+    peer = Transformers(Path(job.model), dtype=DTYPES[job.dtype], clock=time.perf_counter)
+    processor = _processor(job)
+    tokens = list(job.expected)
+    theirs = peer.logits(processor(question(processor)), tokens=tokens)
+    assert job.check is not None
+    ours = load_file(job.check)["logits"]
+    return {"disagreement": disagreement(ours, theirs, tokens=tokens, dtype=DTYPES[job.dtype])}
+
+
+def _processor(job: Job) -> Processor:
+    """Return what makes prompts for a model, without its network."""
+    folder = find_folder(job.model)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder, config)
+    return Processor(
+        tokenizer,
+        config.image,
+        config.template,
+        preprocessing=job.preprocessing,
+        max_tokens=config.max_tokens,
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1])))

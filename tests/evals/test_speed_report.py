@@ -1,0 +1,75 @@
+import json
+
+from seekvl.evals.ceilings import Ceilings
+from seekvl.evals.speed_report import Figure, Report, Work, works
+from seekvl.models.cost import active_parameters, cache_bytes_per_token
+from seekvl.presets import VL_1B
+
+CEILINGS = Ceilings(threads=2, read=36e9, reader="kernels", operations={"bfloat16": 455e9, "int8": 900e9})
+
+
+def report(*, peer: bool = True) -> Report:
+    work = Work(read_bytes=2.5e9, operations=2.6e9)
+    return Report(
+        model="m",
+        weights="random",
+        dtype="bfloat16",
+        level="avx2",
+        machine="2 x CPU",
+        versions={"seekvl": "0"},
+        rounds=3,
+        tokens=32,
+        prompt_tokens=630,
+        image_tokens=576,
+        neighbours=(0.05, 0.1),
+        peer="transformers" if peer else None,
+        ceilings=CEILINGS,
+        figures=(
+            Figure(name="load", unit="s", ours=0.5, peer=1.0 if peer else None),
+            Figure(
+                name="decode, batch 1",
+                unit="tok/s",
+                ours=10.0,
+                peer=4.0 if peer else None,
+                work=work,
+                seconds=0.1,
+                share=0.69,
+                bound="memory",
+            ),
+        ),
+    )
+
+
+def test_the_table_names_every_figure() -> None:
+    text = report().table()
+    assert "memory read               36.0 GB/s" in text
+    assert "int8 products            900.0 GOP/s" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("decode, batch 1"))
+    assert line.split() == ["decode,", "batch", "1", "10.000", "tok/s", "69", "%", "memory", "4.000", "2.50"]
+    assert "0.10 at most" in text
+
+
+def test_json_is_one_line() -> None:
+    said = report().json()
+    assert "\n" not in said
+    figures = json.loads(said)["figures"]
+    assert figures["load"] == {
+        "ours": 0.5,
+        "unit": "s",
+        "peer": 1.0,
+        "ratio": 0.5,
+        "peer_name": "transformers",
+    }
+    assert figures["decode, batch 1"]["share"] == 0.69
+    assert set(json.loads(report(peer=False).json())["figures"]["load"]) == {"ours", "unit"}
+
+
+def test_the_work_of_a_dense_step() -> None:
+    found = works(VL_1B.model, prompt=630, views=1, tokens=32, batches=(1, 4), itemsize=2)
+    weights = 2 * active_parameters(VL_1B.model.language)
+    cache = 646 * cache_bytes_per_token(VL_1B.model.language)
+    assert found["decode, batch 1"].read_bytes == weights + cache
+    assert found["decode, batch 4"].read_bytes == weights + 4 * cache
+    assert found["decode, batch 4"].operations == 4 * found["decode, batch 1"].operations
+    assert found["vision"].operations > 0
+    assert found["prefill"].operations > 600 * found["decode, batch 1"].operations * 0.8
