@@ -16,12 +16,12 @@ import time
 import torch
 from moe import fill
 from peer_transformers import TEXT_TOKENS, TOKENIZER, picture, preset
-from quiet import Neighbours, wait_until_quiet
 from torch import Tensor
 
 from seekvl.engine.engine import Engine
 from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.request import Completion, Request, SamplingParams
+from seekvl.evals.machine import Neighbours, wait_until_quiet
 from seekvl.models.vl import VL, VLConfig
 from seekvl.models.vl2 import on_meta
 from seekvl.processing.encode import ModelInput, TokenBill

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from moe import agree, fill
 from peer_transformers import Clock, peak_memory, processor
-from quiet import Neighbours, wait_until_quiet
 from torch import Tensor
 
 import seekvl
+from seekvl.evals.machine import Neighbours, wait_until_quiet
 from seekvl.models.adaptor import AdaptorConfig
 from seekvl.models.cost import sam_flops, siglip_flops
 from seekvl.models.hybrid import Hybrid, HybridConfig
