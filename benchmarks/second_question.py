@@ -15,13 +15,14 @@ import time
 
 import torch
 from moe import fill
-from peer_transformers import TEXT_TOKENS, TOKENIZER, picture, preset
+from peer_transformers import TEXT_TOKENS, picture, preset
 from torch import Tensor
 
 from seekvl.engine.engine import Engine
 from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.request import Completion, Request, SamplingParams
 from seekvl.evals.machine import Neighbours, wait_until_quiet
+from seekvl.evals.random_weights import TOKENIZERS
 from seekvl.models.vl import VL, VLConfig
 from seekvl.models.vl2 import on_meta
 from seekvl.processing.encode import ModelInput, TokenBill
@@ -41,7 +42,7 @@ def main() -> None:
     model = on_meta(config).to(torch.bfloat16)
     fill(model)
     accelerate(model.language)
-    engine = Engine(model, Tokenizer.from_file(TOKENIZER))
+    engine = Engine(model, Tokenizer.from_file(TOKENIZERS[False]))
     ask(engine, question(model, engine.tokenizer, number=0), tokens=2)  # shapes are seen for the first time
     neighbours = Neighbours()
     wait_until_quiet(seconds=args.quiet)
