@@ -103,6 +103,7 @@ def _progress() -> Callable[[int, int], None]:
     live = sys.stderr.isatty()
 
     def show(done: int, total: int) -> None:
+        """Tell how far it is."""
         if live:
             typer.echo(f"\r\033[Kquantised {done} of {total} matrices", err=True, nl=done == total)
 

@@ -145,6 +145,7 @@ class WindowAttention(nn.Module):
         rows, columns = self.distances(q)
 
         def bias(heads: slice, patches: slice) -> Tensor:
+            """Return what some patches of some heads add to their scores."""
             return (rows[heads, patches, :, None] + columns[heads, patches, None, :]).flatten(2)
 
         x = attend_in_blocks(q, k, v, bias=bias)  # (n h) (w w) e

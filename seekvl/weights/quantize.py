@@ -295,6 +295,7 @@ def _keeper(inputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[
     """Return a hook that keeps some rows of what a layer is given first, in float32."""
 
     def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep them at the first call."""
         if name not in inputs:
             rows = given[0].flatten(0, -2)  # rows i
             chosen = torch.linspace(0, len(rows) - 1, min(SAMPLED_ROWS, len(rows))).round().long()
