@@ -9,7 +9,7 @@ from ctypes import c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from seekvl.engine.kernels import structures
 from seekvl.runtime import SeekVLError, log
@@ -25,8 +25,11 @@ name of a level takes that one.
 """
 
 
-class Linear(Protocol):
-    """`seekvl_linear` of kernels.cpp: y[b, o] = x[b, i] W[o, i]^T + bias[o]."""
+Result = TypeVar("Result", covariant=True)
+
+
+class Linear(Protocol[Result]):
+    """`seekvl_linear` of kernels.cpp and its like: y[b, o] = x[b, i] W[o, i]^T + bias[o]."""
 
     def __call__(
         self,
@@ -42,35 +45,13 @@ class Linear(Protocol):
         o: int,
         i: int,
         /,
-    ) -> None:
+    ) -> Result:
         """Write y."""
         ...
 
 
-class LinearMany(Protocol):
-    """`seekvl_linear_many` of experts.cpp: the product of `Linear` for any number of rows."""
-
-    def __call__(
-        self,
-        level: int,
-        threads: int,
-        weight_dtype: int,
-        x_dtype: int,
-        weight: int,
-        bias: int | None,
-        x: int,
-        y: int,
-        b: int,
-        o: int,
-        i: int,
-        /,
-    ) -> int:
-        """Write y and return 0, or 1 where memory is short."""
-        ...
-
-
-class Experts(Protocol):
-    """`seekvl_experts` of kernels.cpp: n tokens through k experts each, of width m."""
+class Experts(Protocol[Result]):
+    """`seekvl_experts` of kernels.cpp and its like: n tokens through k experts each, of width m."""
 
     def __call__(
         self,
@@ -89,33 +70,8 @@ class Experts(Protocol):
         d: int,
         m: int,
         /,
-    ) -> None:
+    ) -> Result:
         """Write y[n, d]."""
-        ...
-
-
-class ExpertsMany(Protocol):
-    """`seekvl_experts_many` of experts.cpp: what `Experts` computes, for any number of tokens."""
-
-    def __call__(
-        self,
-        level: int,
-        threads: int,
-        dtype: int,
-        gate: int,
-        up: int,
-        down: int,
-        experts: int,
-        weights: int,
-        x: int,
-        y: int,
-        n: int,
-        k: int,
-        d: int,
-        m: int,
-        /,
-    ) -> int:
-        """Write y[n, d] and return 0, or 1 where memory is short."""
         ...
 
 
@@ -126,28 +82,6 @@ class Step(Protocol):
         self, level: int, threads: int, network: int, cache: int, tokens: int, logits: int, /
     ) -> None:
         """Append to the cache and write logits."""
-        ...
-
-
-class PackedLinear(Protocol):
-    """`seekvl_packed_linear` of packed.cpp: `Linear` with a quantised matrix and any number of rows."""
-
-    def __call__(
-        self,
-        level: int,
-        threads: int,
-        kind: int,
-        dtype: int,
-        weight: int,
-        bias: int | None,
-        x: int,
-        y: int,
-        b: int,
-        o: int,
-        i: int,
-        /,
-    ) -> None:
-        """Write y."""
         ...
 
 
@@ -183,12 +117,14 @@ class Library:
 
     levels: tuple[str, ...]
     """The levels this machine executes, the fastest last."""
-    linear: Linear
-    experts: Experts
-    linear_many: LinearMany
-    experts_many: ExpertsMany
+    linear: Linear[None]
+    experts: Experts[None]
+    linear_many: Linear[int]
+    """For any number of rows; returns 0, or 1 where memory is short, as `experts_many` does."""
+    experts_many: Experts[int]
     step: Step
-    packed_linear: PackedLinear
+    packed_linear: Linear[None]
+    """With a quantised matrix and any number of rows; its kind stands in the place of the weight's dtype."""
     packed_experts: PackedExperts
     vnni: bool
     """Whether this machine has AVX-512's products of bytes; without them its levels use those of `avx2`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seekvl.engine.kernels.compiled import library
-from seekvl.engine.kernels.products import DTYPES, level_index, thread_count
+from seekvl.engine.kernels.products import DTYPES, check_routing, level_index, thread_count
 from seekvl.models.quantized import KINDS, Kind, packed_shape
 from seekvl.runtime import SeekVLError
 
@@ -71,20 +71,11 @@ def packed_experts(
     """
     index = level_index(level)
     _check_x(x)
-    if x.dim() != 2 or experts.shape != weights.shape or experts.shape[:-1] != x.shape[:1]:
-        raise SeekVLError(
-            f"x {list(x.shape)}, experts {list(experts.shape)} and weights {list(weights.shape)} do not fit "
-            "[n, d], [n, k], [n, k]"
-        )
+    check_routing(x, experts, weights, count=len(gate))
     count, channels = len(gate), x.shape[1]
     wide, narrow = packed_shape(kind, width, channels), packed_shape(kind, channels, width)
     for name, stack, shape in (("gate", gate, wide), ("up", up, wide), ("down", down, narrow)):
         _check_packed(stack, name, kind=kind, shape=(count, *shape))
-    for name, found, wanted in (("experts", experts, torch.int64), ("weights", weights, torch.float32)):
-        if found.dtype != wanted or not found.is_cpu:
-            raise SeekVLError(f"{name} are {found.dtype} on {found.device}, not {wanted} on the CPU")
-    if experts.numel() and not 0 <= int(experts.min()) <= int(experts.max()) < count:
-        raise SeekVLError(f"expert {int(experts.min())} or {int(experts.max())} is none of {count} experts")
     return raw_packed_experts(
         x,
         experts,

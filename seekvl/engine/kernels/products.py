@@ -91,6 +91,14 @@ def swiglu_experts(
         raise SeekVLError(
             f"x is {x.dtype}, gate {gate.dtype}, up {up.dtype}, down {down.dtype}; use one dtype"
         )
+    check_routing(x, experts, weights, count=count)
+    return raw_experts(
+        x, experts, weights, gate=gate, up=up, down=down, level=index, threads=thread_count(threads)
+    )
+
+
+def check_routing(x: Tensor, experts: Tensor, weights: Tensor, *, count: int) -> None:
+    """Refuse what does not send tokens x[n, d] to experts i64[n, k], of `count`, with weights f32[n, k]."""
     if x.dim() != 2 or experts.shape != weights.shape or experts.shape[:-1] != x.shape[:1]:
         raise SeekVLError(
             f"x {list(x.shape)}, experts {list(experts.shape)} and weights {list(weights.shape)} do not fit "
@@ -101,9 +109,6 @@ def swiglu_experts(
             raise SeekVLError(f"{name} are {found.dtype} on {found.device}, not {wanted} on the CPU")
     if experts.numel() and not 0 <= int(experts.min()) <= int(experts.max()) < count:
         raise SeekVLError(f"expert {int(experts.min())} or {int(experts.max())} is none of {count} experts")
-    return raw_experts(
-        x, experts, weights, gate=gate, up=up, down=down, level=index, threads=thread_count(threads)
-    )
 
 
 def raw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, level: int, threads: int) -> Tensor:
