@@ -124,6 +124,8 @@ class Engine:
 
         Raises SeekVLError at once for a prompt that leaves no room for an answer.
         """
+        if cancel is not None and not callable(cancel):
+            raise SeekVLError(f"cancel is called before every step; {type(cancel).__name__} cannot be")
         return self._answer([self._start(request) for request in requests], cancel)
 
     def step(self) -> bool:

@@ -30,6 +30,8 @@ class Reply:
         if self.stopped:
             return ""
         self._held += letters
+        if self._strip and not self.text:  # a stop string of blanks means those that are seen
+            self._held = self._held.lstrip()
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -37,8 +39,6 @@ class Reply:
         else:
             end = len(self._held) - (0 if last else unfinished(self._held, self._stops))
         released, self._held = self._held[:end], self._held[end:]
-        if self._strip and not self.text:
-            released = released.lstrip()
         self.text += released
         return released
 

@@ -39,7 +39,7 @@ class SamplingParams:
     seed: int | None = None
     """Makes draws repeatable; None: fresh ones each time."""
     stop: str | tuple[str, ...] | None = None
-    """The answer ends before the first of these strings in its text."""
+    """The answer ends before the first of these strings in its text, which has no leading whitespace."""
     constrain: Form | None = None
     """"boxes": the grounding of the answer is well-formed, whatever the model would say; "box_first": and the
     answer starts with a box. A list of texts: the answer is one of them. "json": it is a JSON object; a

@@ -16,7 +16,7 @@ from seekvl.models.siglip import SiglipConfig
 from seekvl.models.vl import VLConfig
 from seekvl.presets import SAM_TOWERS, SIGLIP_TOWERS
 from seekvl.runtime import SeekVLError
-from seekvl.weights.section import Section
+from seekvl.weights.section import DEEPEST, Section
 
 BOOKKEEPING = {
     "architectures": "the class a library would build; model_type already says it",
@@ -110,7 +110,7 @@ def read_llama(section: Section) -> LlamaConfig:
     config = LlamaConfig(
         vocab_size=section.integer("vocab_size"),
         width=width,
-        layers=section.integer("num_hidden_layers", 32),
+        layers=section.integer("num_hidden_layers", 32, most=DEEPEST),
         heads=heads,
         kv_heads=section.integer("num_key_value_heads", heads),
         mlp_width=section.integer("intermediate_size", 11008),
@@ -132,7 +132,7 @@ def _siglip(params: Section) -> SiglipConfig:
     params.must_be({"select_feature": "same"})
     preset = SIGLIP_TOWERS[name]
     width = params.integer("width", preset.width)
-    built = params.integer("layers", preset.layers)
+    built = params.integer("layers", preset.layers, most=DEEPEST)
     return replace(
         preset,
         image_size=params.integer("image_size", preset.image_size),
@@ -178,7 +178,7 @@ def _sam(params: Section) -> SamConfig:
         image_size=params.integer("image_size", preset.image_size),
         patch_size=params.integer("patch_size", preset.patch_size),
         width=width,
-        layers=params.integer("layers", preset.layers),
+        layers=params.integer("layers", preset.layers, most=DEEPEST),
         heads=params.integer("heads", preset.heads),
         mlp_width=4 * width,
         window=params.integer("window_size", preset.window),

@@ -17,7 +17,7 @@ from seekvl.presets import CHECKPOINTS, HALF, SIGLIP_TOWERS
 from seekvl.processing.tile_image import TileImageConfig
 from seekvl.runtime import SeekVLError
 from seekvl.weights.official_config import BOOKKEEPING, MLP_RATIOS, written_ratio
-from seekvl.weights.section import Section
+from seekvl.weights.section import DEEPEST, Section
 
 LANGUAGE_IGNORED = BOOKKEEPING | {
     "attention_dropout": "training only",
@@ -205,7 +205,7 @@ def _language(section: Section, preset: VL2Config | None) -> DeepseekV2Config:
     config = DeepseekV2Config(
         vocab_size=section.integer("vocab_size", 102400),
         width=section.integer("hidden_size", 4096),
-        layers=section.integer("num_hidden_layers", 30),
+        layers=section.integer("num_hidden_layers", 30, most=DEEPEST),
         heads=heads,
         kv_heads=section.integer("num_key_value_heads", heads),
         mlp_width=section.integer("intermediate_size", 11008),
@@ -297,7 +297,7 @@ def _vision(section: Section) -> SiglipConfig:
         image_size=section.integer("image_size", preset.image_size),
         patch_size=section.integer("patch_size", preset.patch_size),
         width=width,
-        layers=section.integer("layers", preset.layers),
+        layers=section.integer("layers", preset.layers, most=DEEPEST),
         heads=section.integer("heads", preset.heads),
         mlp_width=int(width * section.number("mlp_ratio", MLP_RATIOS[name])),
         gelu="tanh",

@@ -12,6 +12,8 @@ from seekvl.runtime import SeekVLError
 
 LARGEST = 1_000_000_000
 """No dimension, count or id of a network is above this."""
+DEEPEST = 1_000
+"""No tower or language model has more layers."""
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -56,11 +58,11 @@ class Section:
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole number of 0 to `LARGEST`."""
+    def integer(self, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
+        """Return a whole number of 0 to `most`."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
-            raise self._wrong(key, f"a whole number of 0 to {LARGEST:,}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+            raise self._wrong(key, f"a whole number of 0 to {most:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -13,7 +13,7 @@ from seekvl.models.siglip import Gelu, SiglipConfig
 from seekvl.models.vl import VLConfig
 from seekvl.runtime import SeekVLError
 from seekvl.weights.official_config import BOOKKEEPING, read_llama, write_llama
-from seekvl.weights.section import Section
+from seekvl.weights.section import DEEPEST, Section
 
 Norm = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation of the three colour channels."""
@@ -76,7 +76,7 @@ def _siglip(section: Section) -> SiglipConfig:
         image_size=section.integer("image_size", 224),
         patch_size=section.integer("patch_size", 16),
         width=section.integer("hidden_size", 768),
-        layers=section.integer("num_hidden_layers", 12),
+        layers=section.integer("num_hidden_layers", 12, most=DEEPEST),
         heads=section.integer("num_attention_heads", 12),
         mlp_width=section.integer("intermediate_size", 3072),
         gelu=GELUS[activation],
@@ -99,7 +99,7 @@ def _sam(section: Section, *, grid: int) -> SamConfig:
         image_size=section.integer("image_size", 1024),
         patch_size=section.integer("patch_size", 16),
         width=width,
-        layers=section.integer("num_hidden_layers", 12),
+        layers=section.integer("num_hidden_layers", 12, most=DEEPEST),
         heads=section.integer("num_attention_heads", 12),
         mlp_width=hidden,
         window=section.integer("window_size", 14),

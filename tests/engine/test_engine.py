@@ -365,6 +365,13 @@ def test_a_batch_is_taken_in_as_it_can_be_served(vlm: seekvl.VLM, make: Make) ->
     assert is_empty(engine)
 
 
+def test_what_cannot_be_asked_is_no_cancel(vlm: seekvl.VLM, make: Make) -> None:
+    engine = new_engine(vlm)
+    with pytest.raises(SeekVLError, match="cancel is called before every step; int cannot be"):
+        engine.answer([make(vlm.processor("Hello"))], cancel=5)  # type: ignore[arg-type]
+    assert is_empty(engine)
+
+
 def test_answers_that_are_never_drawn_cost_nothing(vlm: seekvl.VLM, make: Make) -> None:
     engine = new_engine(vlm)
     engine.answer([make(vlm.processor("Hello"))])

@@ -36,7 +36,9 @@ def test_leading_whitespace_is_left_out_and_trailing_kept() -> None:
         ("aaab", ("aab",), "a", True),
         ("first second", ("second", "first"), "", True),
         ("one two three", ("three", "two"), "one ", True),
-        (" \nrest", ("\n",), "", True),
+        (" \nrest", ("\n",), "rest", False),
+        (" \nfirst\nrest", ("\n",), "first", True),
+        (" yes or no", (" ",), "yes", True),
         ("图中有多少", ("多",), "图中有", True),
     ],
 )

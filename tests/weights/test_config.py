@@ -80,6 +80,13 @@ def test_the_published_7b_config_fills_in_the_dimensions_it_leaves_out() -> None
     assert model == CHECKPOINTS["deepseek-ai/deepseek-vl-7b-chat"].model
 
 
+def test_a_depth_that_no_network_has_is_refused_before_one_is_built() -> None:
+    language = {**PUBLISHED_7B["language_config"], "num_hidden_layers": 100_000}  # type: ignore[dict-item]
+    expected = "num_hidden_layers is 100000, expected a whole number of 0 to 1,000"
+    with pytest.raises(SeekVLError, match=expected):
+        read_official(Section({**PUBLISHED_7B, "language_config": language}, where="config.json"))
+
+
 def test_official_single_tower() -> None:
     config = read_config(GOLDEN / SINGLE)
     assert config.layout == "official"
