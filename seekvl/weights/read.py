@@ -227,6 +227,7 @@ def load_tensors(
     """
     shapes = parameter_shapes(model)
     places = match(read_folder(folder), key_map=key_map, shapes=shapes)
+    by_row = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
     maps: dict[Path, mmap.mmap] = {}
     state: dict[str, Tensor] = {}
     for key, place in sorted(places.items(), key=lambda item: (str(item[1].file), item[1].begin)):
@@ -242,7 +243,8 @@ def load_tensors(
                 state[target.parameter] = torch.empty(shapes[target.parameter], dtype=dtype, device=device)
             filled = target.of(state[target.parameter]).copy_(source)
         require_finite(filled, key=key, source=source)
-        _drop_pages(maps[place.file], place)
+        if filled is not source or target.parameter in by_row:
+            _drop_pages(maps[place.file], place)
     model.load_state_dict(state, assign=True)
 
 
@@ -263,7 +265,10 @@ def mapped(pages: mmap.mmap, place: StoredTensor) -> Tensor:
 
 def _drop_pages(pages: mmap.mmap, place: StoredTensor) -> None:
     """Hand back the memory of the whole pages under a tensor; the file still has them, and what is read again
-    comes back. So rows of the embedding that no prompt needs take no memory.
+    comes back.
+
+    Of what was copied they are not needed any more, of an embedding only rows that occur in prompts. Other
+    weights are read whole, and soon: they stay.
     """
     begin = -(-place.begin // mmap.PAGESIZE) * mmap.PAGESIZE
     end = place.end // mmap.PAGESIZE * mmap.PAGESIZE

@@ -414,6 +414,28 @@ def test_stacking_experts_takes_the_weights_and_one_expert(
     assert max(seen) - before < 128 + 4 + 12  # MB: all experts, one in the file, and some slack
 
 
+class _Words(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.embed, self.layer = torch.nn.Embedding(16384, 1024), torch.nn.Linear(1024, 16384, bias=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_of_an_embedding_only_the_rows_that_are_read_take_memory(tmp_path: Path) -> None:
+    names = ("embed.weight", "layer.weight")
+    tensors = {name: torch.full((16384, 1024), 1.5) for name in names}  # 64 MiB each
+    save_file(tensors, tmp_path / SINGLE)
+    del tensors
+    targets = {name: Target(parameter=name) for name in names}
+    key_map = KeyMap(layout="official", targets=targets, unused={}, prefixes={})
+    model, before = _Words(), _resident_mb()
+    load_tensors(model, tmp_path, key_map=key_map, dtype=torch.float32, device=torch.device("cpu"))
+    assert _resident_mb() - before < 64 + 16
+    assert model.embed.weight.sum() == model.layer.weight.sum() == 1.5 * 2**24
+    assert _resident_mb() - before > 128 - 16
+
+
 def _resident_mb() -> float:
     """Memory of this process, mapped files included; 0 where the kernel does not say."""
     status = Path("/proc/self/status")
