@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from seekvl.engine.plan import Plan, Workload, find_config, plan, plan_pictures, remedy
+from seekvl.evals.random_weights import write_random
 from seekvl.models.cost import cache_bytes_per_token, parameters
+from seekvl.presets import CHECKPOINTS, SHORT_NAMES
 from seekvl.processing.encode import Processor
 from seekvl.runtime import SeekVLError
 from seekvl.weights.load import load_checkpoint
@@ -135,13 +137,11 @@ print(next(line for line in status.splitlines() if line.startswith("VmHWM:")).sp
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("name", ["deepseek-vl-1.3b-chat", "deepseek-vl-7b-chat", "deepseek-vl2-tiny"])
 def test_memory_is_within_a_tenth_of_what_is_measured(name: str, tmp_path: Path) -> None:
-    from tests.parity.test_true_size import write_random
-
-    config = find_config(name)
-    write_random(tmp_path, name)
+    config, folder = find_config(name), tmp_path / "made"
+    write_random(CHECKPOINTS[SHORT_NAMES[name]], folder)
     size = (1920, 1080)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), *map(str, size)],
+        [sys.executable, "-c", MEASURE, str(folder), *map(str, size)],
         capture_output=True,
         text=True,
         check=False,
