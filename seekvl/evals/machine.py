@@ -69,6 +69,15 @@ def peak_memory() -> float:
     return peak / (2**30 if platform.system() == "Darwin" else 2**20)
 
 
+def resident_memory() -> float:
+    """Return the resident memory of this process now, GiB; without /proc the largest it had."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_memory()
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) / 2**20
+
+
 def processor() -> str:
     """Return the name of the CPU, as far as the system tells."""
     path = Path("/proc/cpuinfo")
