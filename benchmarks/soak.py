@@ -122,14 +122,15 @@ def draw_question(vlm: VLM, draw: random.Random, *, seed: int) -> Request:
         first = Message("user", (*first.parts, Text(" " + LONG * draw.randint(1, 4))))
     stop: str | None = draw.choice([None, None, None, ".", "e"])
     forms: list[Form | None] = [None, None, "boxes", "box_first", list(COLOURS)]
+    form = None if stop else draw.choice(forms)
     params = SamplingParams(
-        max_new_tokens=draw.choice([1, 3, 10, 40, 80]),
+        max_new_tokens=draw.choice([1, 3, 10, 40, 80] if form is None else [40, 80]),  # a form needs room
         temperature=draw.choice([0.0, 0.0, 0.8]),
         top_p=draw.choice([1.0, 0.9]),
         repetition_penalty=draw.choice([1.0, 1.0, 1.2]),
         seed=draw.randrange(2**31),
         stop=stop,
-        constrain=None if stop else draw.choice(forms),
+        constrain=form,
     )
     return Request(inputs=vlm.processor(Conversation((first,), system=drawn.system)), params=params)
 
