@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from seekvl.corpus import nano as corpus
+from seekvl.engine.kernels.accelerate import LEARNERS, accelerate
 from seekvl.models.hybrid import Hybrid
 from seekvl.models.siglip import Siglip
 from seekvl.models.vl2 import AnyVL
@@ -128,7 +129,10 @@ def run_stage(
     objective: Objective[M, B],
     kind: Callable[[int], str] = one_kind,
 ) -> None:
-    """Train one stage, its steps already scaled, in a folder of its own."""
+    """Train one stage, its steps already scaled, in a folder of its own; on a CPU experts learn through the
+    kernels.
+    """
+    accelerate(model, kernels=LEARNERS)
     run = Run(
         model=model,
         stage=stage,

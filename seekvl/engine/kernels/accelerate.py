@@ -1,8 +1,8 @@
 """Where a network meets the kernels: its layers change their class, and nothing else.
 
 Parameters, names and saved files stay what they are. A layer asks at every call whether the kernels can serve
-it, and does what it did before where they cannot: with a gradient, on another device, with a matrix that
-torch multiplies as fast.
+it, and does what it did before where they cannot: on another device, with a matrix that torch multiplies as
+fast, with a gradient. Experts learn through them, too.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from seekvl.engine.kernels.compiled import LEVELS, choose_level
+from seekvl.engine.kernels.gradients import raw_learning_experts
 from seekvl.engine.kernels.packed import raw_packed_experts, raw_packed_linear
 from seekvl.engine.kernels.products import DTYPES, MAX_ROWS, raw_experts, raw_linear
 from seekvl.models.moe import Experts
@@ -42,6 +43,15 @@ _MOST_ROWS = {
 }
 _BLOCKED = {level for level, _ in _MOST_ROWS}
 
+LEARNING = {
+    "avx2": (torch.float32, torch.bfloat16, torch.float16),
+    "avx512": (torch.float32, torch.bfloat16, torch.float16),
+    "avx512_bf16": (torch.float32, torch.bfloat16, torch.float16),
+}
+"""Dtypes in which experts learn through the kernels, by level; elsewhere torch computes."""
+
+_LEARNING = {LEVELS.index(level): dtypes for level, dtypes in LEARNING.items()}
+
 
 class KernelLinear(nn.Linear):
     """A linear layer that decodes through the kernels, and takes those prompts through them that gain."""
@@ -67,7 +77,7 @@ class KernelLinear(nn.Linear):
 
 
 class KernelExperts(Experts):
-    """Routed experts that decode through the kernels, and take prompts through them."""
+    """Routed experts that decode through the kernels, and take prompts and training steps through them."""
 
     level: int
     smallest: int | None
@@ -84,7 +94,37 @@ class KernelExperts(Experts):
             return raw_experts(
                 x, experts, weights, gate=gate, up=up, down=down, level=self.level, threads=threads
             )
+        if self._learns(x, experts, weights):
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            return raw_learning_experts(
+                x.to(dtype),
+                experts,
+                weights,
+                gate=gate.to(dtype),
+                up=up.to(dtype),
+                down=down.to(dtype),
+                level=self.level,
+            )
         return super().forward(x, experts=experts, weights=weights)
+
+    def _learns(self, x: Tensor, experts: Tensor, weights: Tensor) -> bool:
+        """Whether gradients are asked for that the kernels compute, and gain by it."""
+        stacks = (self.gate_proj, self.up_proj, self.down_proj)
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+        return (
+            torch.is_grad_enabled()
+            and any(tensor.requires_grad for tensor in (x, weights, *stacks))
+            and dtype in _LEARNING.get(self.level, ())
+            and experts.numel() > 0
+            and len(x) > MAX_ROWS
+            and all(tensor.is_cpu and tensor.is_contiguous() for tensor in stacks)
+            and (autocast or all(tensor.dtype == dtype for tensor in stacks))
+            and (experts.dtype, weights.dtype) == (torch.int64, torch.float32)
+            and x.is_cpu
+            and type(x) is Tensor
+            and not torch.compiler.is_compiling()
+        )
 
 
 class KernelQuantizedLinear(QuantizedLinear):
@@ -148,6 +188,9 @@ KERNELS: dict[type[nn.Module], type[Accelerated]] = {
 }
 """What takes the place of what. A subclass of these is somebody else's, and stays."""
 
+LEARNERS: dict[type[nn.Module], type[Accelerated]] = {Experts: KernelExperts}
+"""What gains in a training step."""
+
 
 def accelerate(
     network: nn.Module,
@@ -158,8 +201,9 @@ def accelerate(
 ) -> str | None:
     """Let a network answer through the kernels; return the level they compute on.
 
-    Quantised layers read prompts through them, too, and of a network that only reads, such as a vision tower,
-    nothing but quantised layers gains: `kernels=PACKED` takes those alone.
+    Its experts learn through them as well; `kernels=LEARNERS` takes those alone, for training. Quantised
+    layers read prompts through them, too, and of a network that only reads, such as a vision tower, nothing
+    but quantised layers gains: `kernels=PACKED` takes those alone.
 
     A weight of fewer than `smallest` bytes, by default those of `SMALLEST`, stays with torch. With `level`
     "off", or None and so said by the environment (see `choose_level`), layers get their own class back and

@@ -75,6 +75,64 @@ class Experts(Protocol[Result]):
         ...
 
 
+class KeptExperts(Protocol):
+    """`seekvl_experts_kept` of experts.cpp: `Experts` for any number of tokens, with a backward to come."""
+
+    def __call__(
+        self,
+        level: int,
+        threads: int,
+        dtype: int,
+        gate: int,
+        up: int,
+        down: int,
+        experts: int,
+        weights: int,
+        x: int,
+        y: int,
+        kept: int,
+        n: int,
+        k: int,
+        d: int,
+        m: int,
+        /,
+    ) -> int:
+        """Write y[n, d] and kept[n, k, 2, m]."""
+        ...
+
+
+class ExpertsBackward(Protocol):
+    """`seekvl_experts_backward` of backward.cpp: the gradients of `count` experts, and of what they got."""
+
+    def __call__(
+        self,
+        level: int,
+        threads: int,
+        dtype: int,
+        gate: int,
+        up: int,
+        down: int,
+        experts: int,
+        weights: int,
+        x: int,
+        kept: int,
+        grad: int,
+        d_gate: int | None,
+        d_up: int | None,
+        d_down: int | None,
+        d_x: int | None,
+        d_weights: int | None,
+        count: int,
+        n: int,
+        k: int,
+        d: int,
+        m: int,
+        /,
+    ) -> int:
+        """Write those gradients that are not None."""
+        ...
+
+
 class Step(Protocol):
     """`seekvl_step` of kernels.cpp; the addresses are those of structures of structures.py."""
 
@@ -122,6 +180,10 @@ class Library:
     linear_many: Linear[int]
     """For any number of rows; returns 0, or 1 where memory is short, as `experts_many` does."""
     experts_many: Experts[int]
+    experts_kept: KeptExperts
+    """As `experts_many`, and it keeps what the backward wants to know."""
+    experts_backward: ExpertsBackward
+    """Returns 0, or 1 where memory is short."""
     step: Step
     packed_linear: Linear[None]
     """With a quantised matrix and any number of rows; its kind stands in the place of the weight's dtype."""
@@ -157,6 +219,8 @@ def library() -> Library:
     native.seekvl_experts.argtypes = [*[i32] * 3, *[address] * 7, *[i64] * 4]
     native.seekvl_linear_many.argtypes = native.seekvl_linear.argtypes
     native.seekvl_experts_many.argtypes = native.seekvl_experts.argtypes
+    native.seekvl_experts_kept.argtypes = [*[i32] * 3, *[address] * 8, *[i64] * 4]
+    native.seekvl_experts_backward.argtypes = [*[i32] * 3, *[address] * 13, *[i64] * 5]
     native.seekvl_step.argtypes = [*[i32] * 2, *[address] * 4]
     native.seekvl_read.argtypes = [i32, address, i64]
     native.seekvl_read.restype = c_uint64
@@ -174,6 +238,8 @@ def library() -> Library:
         experts=native.seekvl_experts,
         linear_many=native.seekvl_linear_many,
         experts_many=native.seekvl_experts_many,
+        experts_kept=native.seekvl_experts_kept,
+        experts_backward=native.seekvl_experts_backward,
         step=native.seekvl_step,
         packed_linear=native.seekvl_packed_linear,
         packed_experts=native.seekvl_packed_experts,
@@ -187,7 +253,8 @@ def library() -> Library:
 def _check_structures(native: ctypes.CDLL) -> None:
     """Refuse a library compiled from other sources: it would take other bytes for addresses."""
     found = 0
-    if hasattr(native, "seekvl_structures"):
+    names = ("seekvl_structures", "seekvl_experts_backward")  # of which older libraries have one or none
+    if all(hasattr(native, name) for name in names):
         native.seekvl_structures.restype = c_int64
         found = native.seekvl_structures()
     wanted = structures.total_bytes()

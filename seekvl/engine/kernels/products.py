@@ -78,9 +78,19 @@ def swiglu_experts(
     Raises SeekVLError and MemoryError as `linear` does, and for an expert outside of 0..E-1.
     """
     index = level_index(level)
+    check_experts(x, experts, weights, gate=gate, up=up, down=down, learn=False)
+    return raw_experts(
+        x, experts, weights, gate=gate, up=up, down=down, level=index, threads=thread_count(threads)
+    )
+
+
+def check_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, *, gate: Tensor, up: Tensor, down: Tensor, learn: bool
+) -> None:
+    """Refuse what `swiglu_experts` cannot compute; `learn`: gradients may be asked for."""
     for name, stack in (("gate", gate), ("up", up), ("down", down)):
-        _check_memory(stack, name)
-    _check_width(x, gate, "gate", axes=3)
+        _check_memory(stack, name, learn=learn)
+    _check_width(x, gate, "gate", axes=3, learn=learn)
     count, width, channels = gate.shape
     if up.shape != gate.shape or down.shape != (count, channels, width):
         raise SeekVLError(
@@ -92,9 +102,6 @@ def swiglu_experts(
             f"x is {x.dtype}, gate {gate.dtype}, up {up.dtype}, down {down.dtype}; use one dtype"
         )
     check_routing(x, experts, weights, count=count)
-    return raw_experts(
-        x, experts, weights, gate=gate, up=up, down=down, level=index, threads=thread_count(threads)
-    )
 
 
 def check_routing(x: Tensor, experts: Tensor, weights: Tensor, *, count: int) -> None:
@@ -195,7 +202,7 @@ def thread_count(wish: int | None) -> int:
     return torch.get_num_threads() if wish is None else wish
 
 
-def _check_memory(tensor: Tensor, name: str) -> None:
+def _check_memory(tensor: Tensor, name: str, *, learn: bool = False) -> None:
     """Refuse what the kernels cannot read as plain memory."""
     if not tensor.is_cpu or not tensor.is_contiguous() or tensor.dtype not in DTYPES:
         kind = "contiguous" if tensor.is_contiguous() else "not contiguous"
@@ -203,15 +210,15 @@ def _check_memory(tensor: Tensor, name: str) -> None:
             f"{name} is {tensor.dtype} on {tensor.device} and {kind}; the kernels take contiguous "
             f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)} on the CPU"
         )
-    if tensor.requires_grad and torch.is_grad_enabled():
+    if tensor.requires_grad and torch.is_grad_enabled() and not learn:
         raise SeekVLError(f"{name} needs a gradient, which the kernels do not give; use torch.no_grad()")
 
 
-def _check_width(x: Tensor, weight: Tensor, name: str, *, axes: int) -> None:
+def _check_width(x: Tensor, weight: Tensor, name: str, *, axes: int, learn: bool = False) -> None:
     """Refuse rows that do not meet the matrix."""
     if weight.dim() != axes or x.dim() < 1 or x.shape[-1] != weight.shape[-1]:
         raise SeekVLError(f"x {list(x.shape)} cannot be multiplied with {name} {list(weight.shape)}")
     if not x.is_cpu:
         raise SeekVLError(f"x is on {x.device}; the kernels compute on the CPU")
-    if x.requires_grad and torch.is_grad_enabled():
+    if x.requires_grad and torch.is_grad_enabled() and not learn:
         raise SeekVLError("x needs a gradient, which the kernels do not give; use torch.no_grad()")

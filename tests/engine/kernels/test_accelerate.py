@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import seekvl
 from seekvl.engine import forward as steps
@@ -21,6 +22,8 @@ from seekvl.engine.kernels import accelerate as room
 from seekvl.engine.kernels import compiled
 from seekvl.engine.kernels.accelerate import (
     KERNELS,
+    LEARNERS,
+    LEARNING,
     MOST_ROWS,
     KernelExperts,
     KernelLinear,
@@ -30,7 +33,7 @@ from seekvl.engine.kernels.accelerate import (
 from seekvl.engine.kernels.compiled import LEVELS, SWITCH, Library
 from seekvl.engine.kernels.products import MAX_ROWS
 from seekvl.engine.request import Request, SamplingParams
-from seekvl.models.moe import Experts
+from seekvl.models.moe import Experts, MoeConfig
 from seekvl.models.quantized import KINDS, QuantizedLinear, quantized_modules
 from seekvl.models.vl import VL
 from seekvl.models.vl2 import AnyVL, on_meta
@@ -85,15 +88,24 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts = {"raw_linear": 0, "raw_experts": 0}
-        for name in self.counts:
-            monkeypatch.setattr(room, name, self._counted(name, getattr(room, name)))
+        """Of answers."""
+        self.lessons = {"raw_learning_experts": 0}
+        for counts in (self.counts, self.lessons):
+            for name in counts:
+                monkeypatch.setattr(room, name, self._counted(counts, name, getattr(room, name)))
 
-    def _counted(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _counted(
+        self, counts: dict[str, int], name: str, function: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
         def call(*args: Any, **more: Any) -> Tensor:
-            self.counts[name] += 1
+            counts[name] += 1
             return function(*args, **more)
 
         return call
+
+    @property
+    def learnt(self) -> int:
+        return sum(self.lessons.values())
 
 
 def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +221,7 @@ def test_gradients_and_autocast_stay_as_they_were(native: Library, monkeypatch: 
         assert torch.equal(model(short), plain(short))
         assert torch.equal(model(ids), plain(ids))
     assert calls.counts == {"raw_linear": 0, "raw_experts": 0}
+    assert calls.learnt == 0
 
 
 def test_small_weights_stay_with_torch(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +337,131 @@ def test_experts_take_prompts_at_levels_that_gain(level: str, monkeypatch: pytes
             wanted = Experts.forward(experts, x, experts=chosen, weights=weights)
         assert torch.allclose(found, wanted, atol=1e-5, rtol=0)
         assert calls.counts["raw_experts"] == served
+
+
+def routed(n: int, *, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that need a gradient, their experts of 4 and weights that need one."""
+    generator = torch.Generator().manual_seed(n)
+    x, weights = torch.randn(n, d, generator=generator), torch.rand(n, 2, generator=generator)
+    experts = torch.randint(0, 4, (n, 2), generator=generator)
+    return x.to(dtype).requires_grad_(), experts, weights.requires_grad_()
+
+
+def experts_of(dtype: torch.dtype = torch.float32, *, d: int = 40, m: int = 24) -> Experts:
+    torch.manual_seed(0)
+    config = MoeConfig(experts=4, active=2, shared=0, width=m, scoring="softmax", choice="greedy")
+    return Experts(d, config).to(dtype)
+
+
+def learnt(model: Experts, x: Tensor, experts: Tensor, weights: Tensor) -> list[Tensor]:
+    """Output and all gradients of a step that asks each output to be its own half."""
+    model.zero_grad()
+    x, weights = (tensor.detach().requires_grad_() for tensor in (x, weights))
+    y = model(x, experts=experts, weights=weights)
+    y.float().square().sum().backward()
+    return [y.detach(), *(tensor.grad.clone() for tensor in (x, weights, *model.parameters()))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_experts_learn_at_levels_that_gain_as_torch_lets_them(
+    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to eight tokens stay with torch."""
+    model, calls = experts_of(dtype), Calls(monkeypatch)
+    for n, served in ((8, 0), (9, 1), (60, 1)):
+        given = routed(n, d=40, dtype=dtype)
+        accelerate(model, level="off")
+        wanted = learnt(model, *given)
+        accelerate(model, level=level, kernels=LEARNERS)
+        before = calls.learnt
+        found = learnt(model, *given)
+        assert calls.learnt - before == served * (dtype in LEARNING.get(level, ()))
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.dtype == theirs.dtype
+            share = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+            assert share < (2e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_autocast_learns_in_its_dtype_into_gradients_of_float32(
+    native: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given, results = experts_of(), routed(40, d=40), []
+    half = [tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in given[:1]]
+    for x in (given[0], half[0]):
+        for name in ("off", None):
+            accelerate(model, level=name)
+            calls = Calls(monkeypatch)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                results.append(learnt(model, x, *given[1:]))
+            assert calls.learnt == (name is None)
+            monkeypatch.undo()
+            assert results[-1][0].dtype == torch.bfloat16
+            assert {tensor.dtype for tensor in results[-1][2:]} == {torch.float32}
+        for theirs, ours in zip(results[-2], results[-1], strict=True):
+            assert theirs.dtype == ours.dtype
+            assert (theirs.float() - ours.float()).norm() < 0.02 * theirs.float().norm()
+
+
+def test_what_the_kernels_cannot_teach_torch_does(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64, weights in another dtype than the inputs, turned stacks, and nothing that needs a gradient."""
+    calls = Calls(monkeypatch)
+    model = experts_of(torch.float64, d=5, m=3)
+    accelerate(model, level=None)
+    x, experts, weights = routed(10, d=5, dtype=torch.float64)
+
+    def outputs(x: Tensor, weights: Tensor, *stacks: Tensor) -> Tensor:
+        names = [name for name, _ in model.named_parameters()]
+        given = dict(zip(names, stacks, strict=True))
+        more = {"experts": experts, "weights": weights}
+        return torch.func.functional_call(model, given, (x,), more)
+
+    assert torch.autograd.gradcheck(
+        outputs, (x, weights.detach().double().requires_grad_(), *model.parameters())
+    )
+    model = experts_of()
+    accelerate(model)
+    x, experts, weights = routed(20, d=40)
+    wanted = learnt(model, x, experts, weights)
+    assert calls.learnt == 1
+    with torch.no_grad():
+        model.down_proj.data = model.down_proj.mT.contiguous().mT
+    for found, right in zip(learnt(model, x, experts, weights), wanted, strict=True):
+        assert torch.allclose(found, right, rtol=1e-4, atol=1e-6)
+    frozen = experts_of().requires_grad_(False)
+    accelerate(frozen)
+    frozen(x.detach(), experts=experts, weights=weights.detach())
+    assert calls.learnt == 1
+
+
+def test_hooks_and_clipping_see_the_gradients_of_experts(native: Library) -> None:
+    model, given = experts_of(), routed(20, d=40)
+    accelerate(model)
+    seen: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, name=name: seen.update({name: p.grad.clone()}) if p.grad is not None else None
+        )
+    learnt(model, *given)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(seen[name], parameter.grad)
+    norm = torch.cat([gradient.flatten() for gradient in seen.values()]).norm()
+    assert torch.allclose(nn.utils.clip_grad_norm_(model.parameters(), 1e-3), norm)
+    clipped = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    assert torch.allclose(clipped, torch.tensor(1e-3), rtol=1e-3)
+
+
+def test_recomputed_layers_learn_the_same(native: Library) -> None:
+    model, (x, experts, weights) = experts_of(), routed(20, d=40)
+    accelerate(model)
+    wanted = learnt(model, x, experts, weights)
+    model.zero_grad()
+    source = x.detach().requires_grad_()
+    checkpoint(model, source, experts=experts, weights=weights, use_reentrant=False).square().sum().backward()
+    found = [source.grad, *(parameter.grad for parameter in model.parameters())]
+    for ours, right in zip(found, [wanted[1], *wanted[3:]], strict=True):
+        assert ours is not None
+        assert torch.equal(ours, right)
 
 
 def test_the_object_users_hold_says_what_decodes(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import _ctypes
 import logging
 import os
 import subprocess
@@ -53,6 +54,13 @@ def test_a_library_that_does_not_load(fresh: pytest.MonkeyPatch, tmp_path: Path)
 def test_a_library_of_other_sources(native: Library, fresh: pytest.MonkeyPatch) -> None:
     fresh.setattr(room.structures, "total_bytes", lambda: 8)
     with pytest.raises(SeekVLError, match=r"compiled from other sources than this seekvl \(\d+ and 8 bytes"):
+        library()
+
+
+def test_a_library_without_our_functions(fresh: pytest.MonkeyPatch) -> None:
+    """As one of a former installation lacks the newest of them."""
+    fresh.setattr(room, "PATH", Path(_ctypes.__file__))
+    with pytest.raises(SeekVLError, match=r"compiled from other sources than this seekvl \(0 and \d+ bytes"):
         library()
 
 

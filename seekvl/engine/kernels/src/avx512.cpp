@@ -7,6 +7,7 @@ namespace seekvl {
 
 const Level avx512 = level_of<Avx512>();
 const Many avx512_many = many_of<Avx512, Avx512Lanes>();
+const Gradients avx512_gradients = gradients_of<Avx512, Avx512Lanes>();
 
 }  // namespace seekvl
 

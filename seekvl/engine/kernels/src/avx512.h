@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "blocks.h"
+#include "gradient_blocks.h"
 #include "rows.h"
 #include "turn.h"
 

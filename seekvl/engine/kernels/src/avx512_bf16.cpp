@@ -41,6 +41,9 @@ struct Avx512Pairs : Avx512Lanes {
         std::memcpy(&both, weight, sizeof both);
         return _mm512_set1_epi32(both);
     }
+    static void store_rounded(uint16_t* to, Vector a) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(a));
+    }
     static Vector fma(__m512i weight, __m512i x, Vector sum) {
         return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)x);
     }
@@ -53,6 +56,7 @@ struct Avx512Pairs : Avx512Lanes {
 
 const Level avx512_bf16 = level_of<Avx512Bf16>();
 const Many avx512_bf16_many = many_of<Avx512Bf16, Avx512Lanes, Avx512Pairs>();
+const Gradients avx512_bf16_gradients = gradients_of<Avx512Bf16, Avx512Pairs>();
 
 }  // namespace seekvl
 

@@ -211,14 +211,19 @@ inline void copy(void* to, int64_t at, const Stored* from, int64_t count) {
     else std::memcpy(into, from, count * sizeof *from);
 }
 
-void put_results(Dtype dtype, void* const* y, int64_t rows, int64_t o, const Turned& results, int64_t count) {
+// All results in half precision.
+inline void narrow_all(Dtype dtype, const Turned& results, uint16_t* to) {
     constexpr int all = kStrip * kStrip;
     const float* wide = results[0];
-    uint16_t narrow[kStrip][kStrip], *to = narrow[0];
     if (dtype == F16)
         for (int at = 0; at < all; ++at) to[at] = to_f16(wide[at]);
-    else if (dtype == BF16)
+    else
         for (int at = 0; at < all; ++at) to[at] = static_cast<uint16_t>(rounded_bf16(wide[at]) >> 16);
+}
+
+void put_results(Dtype dtype, void* const* y, int64_t rows, int64_t o, const Turned& results, int64_t count) {
+    uint16_t narrow[kStrip][kStrip];
+    if (dtype != F32) narrow_all(dtype, results, narrow[0]);
     for (int64_t row = 0; row < rows; ++row)
         if (dtype == F32) copy(y[row], o, results[row], count);
         else copy(y[row], o, narrow[row], count);
@@ -288,9 +293,27 @@ inline void put_pairs(const Sums& sums, int64_t lanes, int64_t count, uint32_t* 
     }
 }
 
+// What gate and up gave to some rows, for the backward.
+void keep(Dtype dtype, void* const* kept, int64_t rows, int64_t o, int64_t m, const Turned& results, int64_t count) {
+    const int64_t size = dtype == F32 ? 4 : 2, bytes = count * size;
+    uint16_t narrow[kStrip * kStrip];
+    if (dtype != F32) narrow_all(dtype, results, narrow);
+    const char* from = dtype == F32 ? reinterpret_cast<const char*>(results) : reinterpret_cast<const char*>(narrow);
+    for (int64_t row = 0; row < rows; ++row, from += kStrip * size) {
+        char* to = static_cast<char*>(kept[row]) + o * size;
+        if (count == kFour && size == 2) {  // a copy is one instruction where its length is known
+            std::memcpy(to, from, kFour * 2);
+            std::memcpy(to + m * 2, from + kFour * 2, kFour * 2);
+        } else {
+            std::memcpy(to, from, bytes);
+            std::memcpy(to + m * size, from + kFour * size, bytes);
+        }
+    }
+}
+
 template <class Machine, class Lanes, class Pairs>
 void gated(const Product& product, const Block& x, const void* gate, const void* up, const Block& y,
-           const Range& range) {
+           void* const* kept, int64_t m, const Range& range) {
     alignas(kLine) Sums sums;
     for (int64_t o = range.begin; o < range.end; o += kFour) {
         Strip strip = strip_of(product, gate, range, o, kFour);
@@ -298,6 +321,10 @@ void gated(const Product& product, const Block& x, const void* gate, const void*
         for (int r = 0; r < kFour; ++r) strip.rows[kFour + r] = other.rows[r];
         sum_strip<Machine, Lanes, Pairs>(product, strip, x, sums);
         const int64_t count = range.end - o < kFour ? range.end - o : kFour;
+        if (kept)
+            by_row<Lanes>(sums, x, [&](int64_t row, int64_t rows, const Turned& results) {
+                keep(product.output, kept + row, rows, o, m, results, count);
+            });
         gate_sums(sums, y.lanes, count);
         if (Machine::pairs && product.input == BF16) {
             put_pairs(sums, y.lanes, count, static_cast<uint32_t*>(y.packed) + o / 2 * y.lanes);

@@ -68,6 +68,7 @@ struct Group {
     float* const* sums;         // [rows], of experts
     const float* shares;        // [rows], of experts
     void* const* to;            // [rows], of a plain matrix
+    void* const* kept;          // [rows], of experts whose backward is to come
 };
 
 // Some rows of a matrix and all groups of the wave that meet it, which stand side by side.
@@ -114,7 +115,7 @@ void gate_pieces(const void* pointer, int64_t begin, int64_t end) {
         const Range range = range_of(job, at);
         for (const Group* group = piece.first; group < piece.last; ++group)
             job.machine->gated(job.first, group->x, job.matrix(job.gate, group->expert),
-                               job.matrix(job.up, group->expert), group->hidden, range);
+                               job.matrix(job.up, group->expert), group->hidden, group->kept, job.rows, range);
     }
 }
 
@@ -190,7 +191,7 @@ void multiply(Job& job, const Rows& rows) {
         job.groups.clear();
         char* next = packed;
         cut(*job.machine, count, [&](int64_t first, int64_t held, int64_t lanes) {
-            job.groups.push_back({0, {held, lanes, next}, {}, &from[first], nullptr, nullptr, &to[first]});
+            job.groups.push_back({0, {held, lanes, next}, {}, &from[first], nullptr, nullptr, &to[first], nullptr});
             next += lanes * rounded_up(job.first.width, 2) * size_of(job.first.input);
         });
         make_pieces(job);
@@ -205,6 +206,7 @@ struct Tokens {
     const float* weights;       // [count, k]
     const void* x;              // [count, d]
     void* y;                    // [count, d]
+    void* kept;                 // [count, k, 2, m], or null
     int64_t count, k;
 };
 
@@ -232,6 +234,7 @@ struct Slots {
     std::vector<const void*> from;
     std::vector<float*> to;
     std::vector<float> shares;
+    std::vector<void*> kept;
 };
 
 Slots sort_slots(const Job& job, const Tokens& tokens, float* sums) {
@@ -247,6 +250,7 @@ Slots sort_slots(const Job& job, const Tokens& tokens, float* sums) {
         slots.from.push_back(shifted(tokens.x, token * d, job.dtype));
         slots.to.push_back(sums + token * d);
         slots.shares.push_back(tokens.weights[slot]);
+        if (tokens.kept) slots.kept.push_back(const_cast<char*>(shifted(tokens.kept, slot * 2 * job.rows, job.dtype)));
     }
     return slots;
 }
@@ -279,7 +283,9 @@ void send_through_experts(Job& job, const Tokens& tokens) {
             const int64_t size = size_of(job.first.input), at = begin + first;
             const Block x{rows, lanes, packed + used * rounded_up(d, 2) * size};
             const Block between{rows, lanes, hidden + used * rounded_up(m, 2) * size};
-            job.groups.push_back({expert, x, between, &slots.from[at], &slots.to[at], &slots.shares[at], nullptr});
+            void* const* kept = tokens.kept ? &slots.kept[at] : nullptr;
+            job.groups.push_back(
+                {expert, x, between, &slots.from[at], &slots.to[at], &slots.shares[at], nullptr, kept});
             used += lanes;
         });
     }
@@ -309,21 +315,31 @@ EXPORT int32_t seekvl_linear_many(int32_t level, int32_t threads, int32_t weight
     }
 }
 
-// y[n, d] as that of seekvl_experts, for any number of tokens. Returns 0, or 1 where there was no memory.
-EXPORT int32_t seekvl_experts_many(int32_t level, int32_t threads, int32_t dtype, const void* gate, const void* up,
+// y[n, d] as that of seekvl_experts, for any number of tokens. Unless `kept` is null, kept[n, k, 2, m] of `dtype` gets
+// what the backward wants to know: the products with gate and up. Returns 0, or 1 where there was no memory.
+EXPORT int32_t seekvl_experts_kept(int32_t level, int32_t threads, int32_t dtype, const void* gate, const void* up,
                                    const void* down, const int64_t* experts, const float* weights, const void* x,
-                                   void* y, int64_t n, int64_t k, int64_t d, int64_t m) {
+                                   void* y, void* kept, int64_t n, int64_t k, int64_t d, int64_t m) {
     try {
         const auto kind = static_cast<Dtype>(dtype);
         Job job = job_of(many_at(level), threads, kind, kind, m, d, d);
         job.gate = gate, job.up = up, job.down = down;
         for (int64_t start = 0; start < n; start += kTokens) {
             const Tokens tokens{experts + start * k, weights + start * k, shifted(x, start * d, kind),
-                                const_cast<char*>(shifted(y, start * d, kind)), std::min(kTokens, n - start), k};
+                                const_cast<char*>(shifted(y, start * d, kind)),
+                                kept ? const_cast<char*>(shifted(kept, start * k * 2 * m, kind)) : nullptr,
+                                std::min(kTokens, n - start), k};
             send_through_experts(job, tokens);
         }
         return 0;
     } catch (const std::exception&) {
         return 1;
     }
+}
+
+// The same without anything kept.
+EXPORT int32_t seekvl_experts_many(int32_t level, int32_t threads, int32_t dtype, const void* gate, const void* up,
+                                   const void* down, const int64_t* experts, const float* weights, const void* x,
+                                   void* y, int64_t n, int64_t k, int64_t d, int64_t m) {
+    return seekvl_experts_kept(level, threads, dtype, gate, up, down, experts, weights, x, y, nullptr, n, k, d, m);
 }

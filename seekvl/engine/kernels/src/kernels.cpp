@@ -7,6 +7,7 @@
 #include <cpuid.h>
 #endif
 
+#include "gradients.h"
 #include "jobs.h"
 #include "many.h"
 #include "numbers.h"
@@ -85,6 +86,17 @@ const Many& many_at(int32_t index) {
     if (index == NEON) return neon_many;
 #endif
     return portable_many;
+}
+
+const Gradients& gradients_at(int32_t index, Dtype dtype) {
+#if defined(__x86_64__)
+    if (index == AVX2) return avx2_gradients;
+    if (index == AVX512_BF16 && dtype == BF16) return avx512_bf16_gradients;
+    if (index == AVX512 || index == AVX512_BF16) return avx512_gradients;
+#elif defined(__aarch64__)
+    if (index == NEON) return neon_gradients;
+#endif
+    return portable_gradients;
 }
 
 }  // namespace seekvl

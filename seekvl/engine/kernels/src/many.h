@@ -54,8 +54,10 @@ struct Many {
     // sums[row][o] += share[row] * sum over i of x[row, i] W[o, i].
     void (*weighted)(const Product&, const Block& x, const void* weight, const float* share, float* const* sums,
                      const Range&);
-    // y, packed as x is, gets silu(gate) * up as its numbers begin <= o < end.
-    void (*gated)(const Product&, const Block& x, const void* gate, const void* up, const Block& y, const Range&);
+    // y, packed as x is, gets silu(gate) * up as its numbers begin <= o < end. Unless `kept` is null, kept[row] gets
+    // what the products with gate and up were, [2, m] of Product::output.
+    void (*gated)(const Product&, const Block& x, const void* gate, const void* up, const Block& y, void* const* kept,
+                  int64_t m, const Range&);
 };
 
 // The table of a level, by its index in Python's LEVELS.

@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include "blocks.h"
+#include "gradient_blocks.h"
 #include "rows.h"
 
 namespace seekvl {
@@ -48,6 +49,7 @@ struct NeonLanes : WholeVectors<Neon> {
 
 const Level neon = level_of<Neon>();
 const Many neon_many = many_of<Neon, NeonLanes>();
+const Gradients neon_gradients = gradients_of<Neon, NeonLanes>();
 
 }  // namespace seekvl
 

@@ -1,5 +1,6 @@
 // Any machine: plain C++ in the shape that compilers turn into vectors.
 #include "blocks.h"
+#include "gradient_blocks.h"
 #include "rows.h"
 
 namespace seekvl {
@@ -79,5 +80,6 @@ struct PortableLanes : WholeVectors<Portable> {
 
 const Level portable = level_of<Portable>();
 const Many portable_many = many_of<Portable, PortableLanes>();
+const Gradients portable_gradients = gradients_of<Portable, PortableLanes>();
 
 }  // namespace seekvl
