@@ -5,7 +5,10 @@ For each model and format, beside the plain model in float32:
     KL           divergence of the next token, nats: of nano after every token of its answers, of the golden
                  models, whose weights are random, after every token of their prompts
     likeliest    share of those places with the same likeliest token
-    answers      share of greedy answers with exactly the same tokens (nano: held-out questions of every kind)
+    answers      share of greedy answers with exactly the same tokens (of nano: held-out questions)
+
+seekvl leaves matrices as small as those of nano and the golden models as they are; here they are quantised
+all the same, unless `--smallest` says otherwise.
 
     python benchmarks/quantize.py --n 500 --json
 """
@@ -69,7 +72,9 @@ def main() -> None:
     import torch
 
     import seekvl
+    from seekvl.weights import quantize
 
+    quantize.SMALLEST = args.smallest
     torch.set_num_threads(args.threads)
     print(f"{'model':<16}{'format':<8}{'KL':>12}{'likeliest':>12}{'answers':>12}{'of':>7}{'seconds':>10}")
     found: dict[str, dict[str, float]] = {}
@@ -106,10 +111,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="decides the pictures")
     parser.add_argument("--models", nargs="+", choices=(NANO, *MINIATURES), default=[NANO, *MINIATURES])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument(
+        "--smallest",
+        type=int,
+        default=0,
+        help="numbers of the smallest matrix that is quantised; by default all of them are, for the models "
+        "here are so small that seekvl itself leaves their matrices as they are",
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--show", type=int, default=0, help="changed answers to print for each format")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
+    if args.smallest < 0:
+        parser.error(f"--smallest must be at least 0, not {args.smallest}")
     for name in ("n", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")

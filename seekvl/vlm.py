@@ -71,6 +71,7 @@ def load(
     preprocessing: Preprocessing = "seekvl",
     max_tokens: int | None = None,
     max_tiles: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> "VLM":
     """Load the bundled seekvl-nano, a folder in the official or the transformers layout, or a hub id.
 
@@ -84,6 +85,7 @@ def load(
 
     quantize: "int8" or "int4" turns the weights into whole numbers on the way in, for the CPU; a folder made
     by `seekvl convert --quantize` has them already and opens at once.
+    progress: is told how many matrices are quantised, of how many.
 
     Raises SeekVLError for what cannot be loaded.
     """
@@ -98,6 +100,7 @@ def load(
         max_tokens=max_tokens,
         max_tiles=max_tiles,
         quantize=quantize,
+        progress=progress,
     )
     return VLM(checkpoint.model, checkpoint.processor)
 

@@ -15,12 +15,15 @@ from PIL import Image
 
 import seekvl
 from seekvl import vlm as vlm_module
+from seekvl.engine.kernels.products import MAX_ROWS
 from seekvl.engine.request import Completion, SamplingParams, Timings, Usage
+from seekvl.engine.runner import Runner
 from seekvl.processing import grounding
 from seekvl.processing.encode import Processor
 from seekvl.processing.template import DEEPSEEK
 
 GOLDEN = Path(__file__).parent / "golden"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 PICTURE = GOLDEN / "images" / "grad_224x160.png"
 OTHER = GOLDEN / "images" / "square_384x384.png"
 
@@ -376,6 +379,21 @@ def test_bad_input_is_one_line_and_raised_at_once(
     with pytest.raises(seekvl.SeekVLError, match=message) as caught:
         call(vlm)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_nano_answers_in_whole_steps(kind: str) -> None:
+    told: list[tuple[int, int]] = []
+    vlm = seekvl.load(device="cpu", quantize=kind, progress=lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
+    if vlm.kernels is not None:
+        assert Runner(vlm.model, exact=True).spare(rows=1) == MAX_ROWS - 1, "one call takes eight rows"
+    asked = {"chart": "Which bar is tallest?", "sign": "What does the sign say?"}
+    conversations = [shown(EXAMPLES / f"{name}.png", text=question) for name, question in asked.items()]
+    together = vlm.batch(conversations)
+    assert [vlm.chat(one).token_ids for one in conversations] == [answer.token_ids for answer in together]
+    plain = seekvl.load(device="cpu").batch(conversations)
+    assert [answer.text for answer in together] == [answer.text for answer in plain]
 
 
 def test_load_says_what_it_cannot() -> None:

@@ -64,6 +64,7 @@ def ask(
     model: options.Model = options.NANO,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     preprocessing: options.Preprocessing = "seekvl",
     max_tiles: options.MaxTiles = None,
     system: options.System = None,
@@ -97,7 +98,12 @@ def ask(
     )
     opened = _open(names, preprocessing=preprocessing)
     vlm = options.load_vlm(
-        model, device=device, dtype=dtype, preprocessing=preprocessing, max_tiles=max_tiles
+        model,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        preprocessing=preprocessing,
+        max_tiles=max_tiles,
     )
     answer = _answer(vlm, question, images=opened, params=params, system=system, show=not json)
     if boxes_in is not None:

@@ -47,6 +47,7 @@ def bench(
         ),
     ] = None,
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     quiet: Annotated[
         float, typer.Option(min=0, help="Seconds to wait before each process for a machine that is idle.")
     ] = 20.0,
@@ -81,6 +82,7 @@ def bench(
         require("matplotlib", extra="data")
     settings = Settings(
         dtype=dtype,
+        quantize=quantize,
         threads=threads or torch.get_num_threads(),
         batches=tuple(batch or BATCHES),
         tokens=tokens,

@@ -43,6 +43,7 @@ def chat(
     model: options.Model = options.NANO,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     preprocessing: options.Preprocessing = "seekvl",
     max_tiles: options.MaxTiles = None,
     system: options.System = None,
@@ -67,7 +68,12 @@ def chat(
         stop=tuple(stop) if stop else None,
     )
     vlm = options.load_vlm(
-        model, device=device, dtype=dtype, preprocessing=preprocessing, max_tiles=max_tiles
+        model,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        preprocessing=preprocessing,
+        max_tiles=max_tiles,
     )
     talk = Talk(vlm, params=params, system=system)
     for line in _lines():

@@ -1,8 +1,6 @@
 """`seekvl convert`: a checkpoint in another layout, dtype or in whole numbers."""
 
 import json as json_format
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -93,21 +91,9 @@ def convert(
             config=config,
             tokenizer=tokenizer,
             overwrite=overwrite,
-            progress=_progress(),
+            progress=options.matrices_line(),
         )
     _report(target, matrices, json=json)
-
-
-def _progress() -> Callable[[int, int], None]:
-    """Return what shows on a terminal how many matrices are done."""
-    live = sys.stderr.isatty()
-
-    def show(done: int, total: int) -> None:
-        """Tell how far it is."""
-        if live:
-            typer.echo(f"\r\033[Kquantised {done} of {total} matrices", err=True, nl=done == total)
-
-    return show
 
 
 def _report(target: Path, matrices: "Sequence[Matrix]", *, json: bool) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
@@ -23,6 +23,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Numbers to compute in; auto suits device and size."),
+]
+Quantize = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(
+        help="Turn the language model's matrices into whole numbers on the way in, for the CPU: half of the "
+        "memory or less, and of the time a token takes. A folder made by seekvl convert has them already.",
+        show_default=False,
+    ),
 ]
 Preprocessing = Annotated[
     choices.Preprocessing,
@@ -79,11 +87,24 @@ def awaited(pieces: Iterator[Awaited]) -> Iterator[Awaited]:
     yield from pieces
 
 
+def matrices_line() -> Callable[[int, int], None]:
+    """Return what shows on a terminal how many matrices are quantised."""
+    live = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        """Tell how far it is."""
+        if live:
+            typer.echo(f"\r\033[Kquantised {done} of {total} matrices", err=True, nl=done == total)
+
+    return show
+
+
 def load_vlm(
     model: str,
     *,
     device: str,
     dtype: str,
+    quantize: Literal["int8", "int4"] | None = None,
     preprocessing: Preprocessing = "seekvl",
     max_tiles: int | None = None,
 ) -> "VLM":
@@ -91,4 +112,12 @@ def load_vlm(
     with waiting_line(f"loading {model}"):
         from seekvl.vlm import load
 
-        return load(model, device=device, dtype=dtype, preprocessing=preprocessing, max_tiles=max_tiles)
+        return load(
+            model,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            preprocessing=preprocessing,
+            max_tiles=max_tiles,
+            progress=matrices_line(),
+        )

@@ -46,6 +46,7 @@ def plan(
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where there is one.")
     ] = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     max_tiles: options.MaxTiles = None,
     json: options.Json = False,
 ) -> None:
@@ -66,6 +67,7 @@ def plan(
         new_tokens=new_tokens,
         batch=batch,
         dtype=_dtype(dtype, config, place),
+        quantize=quantize,
         max_tiles=max_tiles,
         cuda=place.type == "cuda",
     )
@@ -132,6 +134,7 @@ def _report(
         "model": name,
         "device": "cuda" if work.cuda else "cpu",
         "dtype": str(work.dtype).removeprefix("torch."),
+        "quantize": plan.kind,
         "batch": work.batch,
         "pictures": [
             {"size": list(p.size), "grid": p.grid and list(p.grid), "views": p.views, "tokens": p.tokens}
@@ -160,7 +163,8 @@ def _report(
 def _print(report: dict[str, object], plan: "Plan") -> None:
     """Print the plan for people."""
     work, limit = plan.workload, plan.limit
-    typer.echo(f"{report['model']}, {report['dtype']} on {report['device']}, batch {work.batch}")
+    kind = "" if plan.kind is None else f", language model in {plan.kind}"
+    typer.echo(f"{report['model']}, {report['dtype']}{kind} on {report['device']}, batch {work.batch}")
     for number, picture in enumerate(plan.pictures, start=1):
         width, height = picture.size
         grid = "" if picture.grid is None else f"  grid {picture.grid[0]} x {picture.grid[1]}"

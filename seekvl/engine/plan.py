@@ -27,13 +27,15 @@ from seekvl.models.cost import (
     vision_activation_bytes,
     vision_flops,
 )
+from seekvl.models.quantized import Kind
 from seekvl.models.vl2 import VL2Config
 from seekvl.presets import CHECKPOINTS, SHORT_NAMES, TRAINED_TOKENS
 from seekvl.processing.pad_image import visual_tokens as padded_tokens
 from seekvl.processing.tile_image import Grid, TileImageConfig, plan_grid, tile_count, visual_tokens
 from seekvl.runtime import SeekVLError
 from seekvl.weights.config import CheckpointConfig, read_config
-from seekvl.weights.load import BUNDLED, find_folder
+from seekvl.weights.load import BUNDLED, choose_format, find_folder
+from seekvl.weights.quantize import saved_bytes
 
 Size: TypeAlias = tuple[int, int]
 """Width and height of a picture in px."""
@@ -58,6 +60,8 @@ class Workload:
     batch: int = 1
     """Conversations of this kind answered together."""
     dtype: torch.dtype = torch.bfloat16
+    quantize: str | None = None
+    """Format the weights are turned into on the way in; None leaves them as the checkpoint has them."""
     max_tiles: int | None = None
     """Most tiles of a picture, for DeepSeek-VL2; None as the checkpoint's rule says."""
     cuda: bool = False
@@ -85,6 +89,8 @@ class Plan:
     """What a workload needs."""
 
     workload: Workload
+    kind: Kind | None
+    """Format of the language model's matrices: asked for, or that of the checkpoint."""
     pictures: tuple[PicturePlan, ...]
     prompt_tokens: int
     """Of each conversation."""
@@ -135,10 +141,11 @@ def find_config(name: str | Path) -> CheckpointConfig:
 def plan(config: CheckpointConfig, workload: Workload, *, available: int) -> Plan:
     """Count what a checkpoint needs for a workload with this many bytes of memory.
 
-    Raises SeekVLError for a prompt or answer over the limits, a picture without size, and for `max_tiles`
-    with a checkpoint that has no tiles.
+    Raises SeekVLError for a prompt or answer over the limits, a picture without size, for `max_tiles` with a
+    checkpoint that has no tiles, and for a format that loading would refuse.
     """
     language, itemsize = config.model.language, workload.dtype.itemsize
+    kind = choose_format(config, workload.quantize, device="cuda" if workload.cuda else "cpu")
     pictures = plan_pictures(config, workload.pictures, max_tiles=workload.max_tiles)
     seen = sum(picture.tokens for picture in pictures)
     prompt = workload.text_tokens + seen
@@ -151,12 +158,13 @@ def plan(config: CheckpointConfig, workload: Workload, *, available: int) -> Pla
         )
     per_token = cache_bytes_per_token(language, bytes_per_number=itemsize)
     room = min(-(-longest // BLOCK) * BLOCK, language.max_positions)
-    weights, cache = _weights(config, workload), workload.batch * room * per_token
+    weights, cache = _weights(config, workload, kind=kind), workload.batch * room * per_token
     program = PROGRAM_CUDA if workload.cuda else PROGRAM_CPU
     views = [picture.views for picture in pictures]
     free = max(0, available - weights - cache - program)
     return Plan(
         workload=workload,
+        kind=kind,
         pictures=pictures,
         prompt_tokens=prompt,
         limit=config.max_tokens,
@@ -166,7 +174,7 @@ def plan(config: CheckpointConfig, workload: Workload, *, available: int) -> Pla
         program=program,
         vision_flops=vision_flops(config.model, pictures=sum(views)),
         prefill_flops=language_flops(language, tokens=prompt),
-        token_bytes=active_parameters(language) * itemsize + longest * per_token,
+        token_bytes=_read(config, kind=kind, itemsize=itemsize) + longest * per_token,
     )
 
 
@@ -218,8 +226,14 @@ def remedy(config: CheckpointConfig, workload: Workload, *, available: int) -> t
     return None
 
 
-def _weights(config: CheckpointConfig, workload: Workload) -> int:
-    """Bytes of weights that stay in memory.
+def _read(config: CheckpointConfig, *, kind: Kind | None, itemsize: int) -> int:
+    """Bytes of weights that one more token of one answer reads."""
+    saved = 0.0 if kind is None else saved_bytes(config.model, kind, itemsize=itemsize, rows=1)
+    return round(active_parameters(config.model.language) * itemsize - saved)
+
+
+def _weights(config: CheckpointConfig, workload: Workload, *, kind: Kind | None) -> int:
+    """Bytes of weights that stay in memory; of vision and adaptor as if nothing of them were quantised.
 
     On a CPU a file is mapped where its dtype is the one asked for, and of the embedding only the rows that a
     prompt uses are ever read.
@@ -228,7 +242,9 @@ def _weights(config: CheckpointConfig, workload: Workload) -> int:
     language = config.model.language
     if not workload.cuda and workload.dtype == config.dtype:
         numbers -= language.vocab_size * language.width
-    return numbers * workload.dtype.itemsize
+    itemsize = workload.dtype.itemsize
+    saved = 0.0 if kind is None else saved_bytes(config.model, kind, itemsize=itemsize)
+    return numbers * itemsize - round(saved)
 
 
 def _activations(config: CheckpointConfig, views: list[int], *, prompt: int, itemsize: int, free: int) -> int:

@@ -26,12 +26,14 @@ from seekvl.evals.random_weights import write_random
 from seekvl.evals.speed_process import PICTURE, Job, Measured, Side
 from seekvl.evals.speed_report import Figure, Report, decode, memory, works
 from seekvl.models.cost import parameters
+from seekvl.models.quantized import Kind
 from seekvl.models.vl2 import VL2Config
 from seekvl.presets import CHECKPOINTS, SHORT_NAMES
 from seekvl.runtime import DTYPES, SeekVLError, require, select_dtype
 from seekvl.weights.config import CheckpointConfig
-from seekvl.weights.load import BUNDLED, find_folder, load_checkpoint
+from seekvl.weights.load import BUNDLED, choose_format, find_folder, load_checkpoint
 from seekvl.weights.save import save_checkpoint
+from seekvl.weights.save_quantized import save_quantized
 
 Peer: TypeAlias = Literal["transformers"]
 
@@ -46,6 +48,8 @@ class Settings:
     """How to measure."""
 
     dtype: str = "auto"
+    quantize: str | None = None
+    """Format that the weights are written in first; None measures them as they are."""
     threads: int
     """CPU threads of each program."""
     batches: tuple[int, ...] = BATCHES
@@ -67,6 +71,10 @@ class Settings:
                 raise SeekVLError(f"a batch must have at least 1 answer, not {rows}")
         if self.peer not in (None, *get_args(Peer)):
             raise SeekVLError(f"peer {self.peer!r} is unknown; use {' or '.join(get_args(Peer))}")
+        if None not in (self.peer, self.quantize):
+            raise SeekVLError(
+                f"{self.peer} computes with plain weights: measure {self.quantize} without a peer"
+            )
         object.__setattr__(self, "batches", tuple(sorted({1, *self.batches})))
 
 
@@ -81,6 +89,7 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
     and for one that computes something else.
     """
     config, kept = find_config(name), _kept(name, folder)
+    kind = choose_format(config, settings.quantize, device="cpu")
     if settings.peer is not None:
         _require_peer(settings.peer, config)
     numbers = sum(parameters(config.model).values())
@@ -91,6 +100,8 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
         model = _weights(
             name, config, kept or scratch / "weights", settings=settings, scratch=scratch, say=say
         )
+        if settings.quantize is not None and kind is not None and config.quantization is None:
+            model = _quantized(model, kind, settings=settings, scratch=scratch, say=say)
         wait_until_quiet(seconds=settings.quiet)
         say("measuring memory and products")
         ceilings = measure_ceilings(threads=settings.threads, dtype=settings.dtype)
@@ -104,6 +115,7 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
         model=name,
         weights="bundled" if name in BUNDLED else "random" if _published(name) else "folder",
         dtype=settings.dtype,
+        quantize=kind,
         level=ours[-1].level,
         machine=processor(),
         versions=_versions(settings.peer),
@@ -167,6 +179,15 @@ def _weights(
             f"{settings.peer} cannot load {name} ({error}); measure it without a peer, or "
             "deepseek-vl-1.3b-chat with one"
         ) from error
+    return str(target)
+
+
+def _quantized(model: str, kind: Kind, *, settings: Settings, scratch: Path, say: Say) -> str:
+    """Write a quantised folder; return it."""
+    say(f"writing the weights in {kind}")
+    source, target = load_checkpoint(model, device="cpu", dtype=settings.dtype), scratch / kind
+    tokenizer = source.folder / "tokenizer.json"
+    save_quantized(source.model, target, kind=kind, config=source.config, tokenizer=tokenizer)
     return str(target)
 
 
@@ -258,6 +279,7 @@ def _figures(
         tokens=report.tokens,
         batches=batches,
         itemsize=DTYPES[report.dtype].itemsize,
+        kind=report.quantize,
     )
     figures = []
     for name, (unit, rows, value) in _values(batches).items():

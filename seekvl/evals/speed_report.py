@@ -17,7 +17,9 @@ from seekvl.models.cost import (
     step_parameters,
     vision_flops,
 )
+from seekvl.models.quantized import Kind
 from seekvl.models.vl2 import AnyConfig
+from seekvl.weights.quantize import saved_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,8 @@ class Report:
     weights: str
     """Where they come from: "bundled", "folder" or "random"."""
     dtype: str
+    quantize: Kind | None
+    """Format of the language model's matrices; None where they are plain."""
     level: str | None
     """Level of the CPU kernels."""
     machine: str
@@ -87,6 +91,7 @@ class Report:
             "model": self.model,
             "weights": self.weights,
             "dtype": self.dtype,
+            "quantize": self.quantize,
             "kernels": self.level,
             "machine": self.machine,
             "threads": self.ceilings.threads,
@@ -109,7 +114,7 @@ class Report:
         kernels = "torch" if self.level is None else f"kernels {self.level}"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return [
-            f"{self.model} ({self.weights} weights), {self.dtype}, "
+            f"{self.model} ({self.weights} weights), {self.quantize or self.dtype}, "
             f"{self.ceilings.threads} threads, {kernels}",
             f"{versions}; {self.machine}",
             f"prompt of {self.prompt_tokens:,} tokens, {self.image_tokens:,} of them 1 picture; answers of "
@@ -144,30 +149,43 @@ class Report:
 
 
 def works(
-    config: AnyConfig, *, prompt: int, views: int, tokens: int, batches: Sequence[int], itemsize: int
+    config: AnyConfig,
+    *,
+    prompt: int,
+    views: int,
+    tokens: int,
+    batches: Sequence[int],
+    itemsize: int,
+    kind: Kind | None = None,
 ) -> dict[str, Work]:
     """Return the work behind each figure that has any: vision, prefill, and the steps of decoding.
 
     prompt: tokens of it. views: squares that pass the towers for its picture. tokens: of the answer; a step
-    sees half of them on average. itemsize: bytes of a number.
+    sees half of them on average. itemsize: bytes of a plain number. kind: format of the language model.
     """
     language = config.language
     per_token = cache_bytes_per_token(language, bytes_per_number=itemsize)
     parts = parameters(config)
     seen = prompt + tokens // 2
+
+    def weights(rows: int) -> float:
+        """Bytes of weights that so many tokens read together."""
+        saved = 0.0 if kind is None else saved_bytes(config, kind, itemsize=itemsize, rows=rows)
+        return step_parameters(language, rows=rows) * itemsize - saved
+
     found = {
         "vision": Work(
             read_bytes=(parts["vision"] + parts["adaptor"]) * itemsize,
             operations=vision_flops(config, pictures=views),
         ),
         "prefill": Work(
-            read_bytes=step_parameters(language, rows=prompt) * itemsize,
+            read_bytes=weights(prompt),
             operations=language_flops(language, tokens=prompt),
         ),
     }
     for rows in batches:
         found[decode(rows)] = Work(
-            read_bytes=step_parameters(language, rows=rows) * itemsize + rows * seen * per_token,
+            read_bytes=weights(rows) + rows * seen * per_token,
             operations=rows * language_flops(language, tokens=1, past=seen),
         )
     return found

@@ -72,7 +72,7 @@ def load_checkpoint(
     """
     folder = find_folder(name, revision=revision)
     config = read_config(folder)
-    kind = _quantization(config, quantize, device=device)
+    kind = choose_format(config, quantize, device=device)
     limit = _limit(config, max_tokens)
     tokenizer = load_tokenizer(folder, config)
     processor = Processor(
@@ -125,7 +125,7 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def _quantization(config: CheckpointConfig, wish: str | None, *, device: str | torch.device) -> Kind | None:
+def choose_format(config: CheckpointConfig, wish: str | None, *, device: str | torch.device) -> Kind | None:
     """Return the format a model shall have; None leaves it plain.
 
     Raises SeekVLError for a format that does not exist or is another than the folder's, and for a device that

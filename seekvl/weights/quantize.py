@@ -3,7 +3,8 @@
     language model      all linear layers, experts and the head in the format asked for
     vision, adaptor     eight bits, where the outputs for a sample picture stay within `OUTPUT_LIMIT`
     as they were        embeddings, norms, routers, convolutions, positions, the latent's expansion
-                        `kv_b_proj` (absorbed attention reads it as a matrix), what would not become smaller
+                        `kv_b_proj` (absorbed attention reads it as a matrix), what would not become smaller,
+                        matrices of fewer than `SMALLEST` numbers
 
 int8 has the largest magnitude of a row as its 127th step. int4 searches: for each row and 32 inputs several
 scales are tried, each is fitted to the values it gives by least squares, and the one with the least squared
@@ -13,7 +14,7 @@ therefore be negative.
 Letters: o rows of a matrix, i inputs, G groups of 32 inputs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -39,11 +40,17 @@ from seekvl.models.quantized import (
     unpack,
 )
 from seekvl.models.siglip import SiglipConfig
-from seekvl.models.vl2 import VL2, AnyVL
-from seekvl.runtime import SeekVLError, torch_generator
+from seekvl.models.vl2 import VL2, AnyConfig, AnyVL, VL2Config, on_meta
+from seekvl.runtime import SeekVLError, log, torch_generator
 
 STAYS = ("kv_b_proj",)
 """Linear layers of the language model that are read as a matrix, by the last part of their name."""
+
+SMALLEST = 1 << 18
+"""Numbers of a matrix below which it stays: in half precision half of a core's own cache holds it, so fewer
+bits would cost accuracy and save no time. Every matrix of the published language models has more, and none of
+seekvl-nano (docs/quantization.md).
+"""
 
 OUTPUT_LIMIT = 0.005
 """Largest error of a vision matrix's outputs, relative to their norm, at which it is stored in eight bits.
@@ -186,12 +193,14 @@ def quantized_parts(
 
     Only one matrix at a time needs memory, unless the caller keeps what comes.
 
-    Raises SeekVLError for a model that is quantised already or not on the CPU, and for numbers that are not
-    finite.
+    Warns where nothing is large enough. Raises SeekVLError for a model that is quantised already or not on
+    the CPU, and for numbers that are not finite.
     """
     _check(model, kind)
     wanted = candidates(model, kind)
-    outputs = output_errors(model, [name for name in wanted if not name.startswith("language.")])
+    _warn_where_small(model, kind, wanted)
+    large = (name for name in wanted if _numbers(model.get_submodule(name)) >= SMALLEST)
+    outputs = output_errors(model, [name for name in large if not name.startswith("language.")])
     for done, (name, matrix_kind) in enumerate(wanted.items(), start=1):
         yield _quantized_part(name, model.get_submodule(name), matrix_kind, output_error=outputs.get(name))
         if progress is not None:
@@ -202,7 +211,7 @@ def _quantized_part(
     name: str, module: nn.Module, kind: Kind, *, output_error: float | None
 ) -> tuple[Matrix, Quantized | None]:
     """Return what becomes of a module, and its quantised form unless it stays."""
-    reason, error, part = _too_small(module, kind), None, None
+    reason, error, part = _why_it_stays(module, kind), None, None
     if output_error is not None and not output_error <= OUTPUT_LIMIT:
         reason = f"outputs would be off by {output_error:.3f}, at most {OUTPUT_LIMIT} is allowed"
     if not reason:
@@ -248,23 +257,71 @@ def _check(model: AnyVL, kind: Kind) -> None:
         )
 
 
-def _too_small(module: nn.Module, kind: Kind) -> str:
-    """Say why a module would not become smaller, or return nothing."""
-    if isinstance(module, nn.Linear):
-        count, sides = 1, [tuple(module.weight.shape)]
-        now = module.weight.nbytes
-    else:
-        assert isinstance(module, Experts)
-        stacks = [getattr(module, name) for name in STACKS]
-        count, sides = len(stacks[0]), [tuple(stack.shape[1:]) for stack in stacks]
-        now = sum(stack.nbytes for stack in stacks)
-    then = 0
-    for rows, width in sides:
-        tiles, size = packed_shape(kind, rows, width)
-        then += count * tiles * size
+def _warn_where_small(model: AnyVL, kind: Kind, names: Iterable[str]) -> None:
+    """Say that a format was asked for in vain."""
+    ours = (name for name in names if name.startswith("language."))
+    largest = max(_numbers(model.get_submodule(name)) for name in ours)
+    if largest < SMALLEST:
+        log.warning(
+            "%s was asked for, but the largest matrix of this language model has %s numbers, and from %s on "
+            "fewer bits save time: it stays as it is",
+            *(kind, f"{largest:,}", f"{SMALLEST:,}"),
+        )
+
+
+def _why_it_stays(module: nn.Module, kind: Kind) -> str:
+    """Say why a module would not become smaller or quicker, or return nothing."""
+    matrices, numbers = _matrices(module), _numbers(module)
+    if numbers < SMALLEST:
+        return f"{numbers:,} numbers lie in a cache; from {SMALLEST:,} on fewer bits save time"
+    now, then = sum(matrix.nbytes for matrix in matrices), _packed_bytes(matrices, kind)
     if then >= now:
         return f"{kind} would take {then:,} bytes instead of {now:,}"
     return ""
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    """Return the weights f[o, i] or f[E, o, i] of a linear layer or of experts."""
+    if isinstance(module, nn.Linear):
+        return [module.weight]
+    assert isinstance(module, Experts)
+    return [getattr(module, name) for name in STACKS]
+
+
+def _numbers(module: nn.Module) -> int:
+    """Return the numbers of a linear layer's matrix, or of one matrix of one expert."""
+    return min(matrix.shape[-2:].numel() for matrix in _matrices(module))
+
+
+def _packed_bytes(matrices: Sequence[Tensor], kind: Kind) -> int:
+    """Return the bytes that matrices or stacks of them take when packed."""
+    shapes = (packed_shape(kind, *matrix.shape[-2:]) for matrix in matrices)
+    counts = (matrix.shape[:-2].numel() for matrix in matrices)
+    return sum(count * tiles * size for count, (tiles, size) in zip(counts, shapes, strict=True))
+
+
+def saved_bytes(config: AnyConfig, kind: Kind, *, itemsize: int, rows: int | None = None) -> float:
+    """Return by how many bytes a format makes the language model's weights smaller: all of them, or those
+    that a decoding step of so many rows reads. A plain number takes `itemsize` bytes.
+
+    Rows choose their experts as in `models.cost.step_parameters`. What vision and adaptor may save depends on
+    their numbers, and is not counted.
+    """
+    model, saved = on_meta(config), 0.0
+    for name, matrix_kind in candidates(model, kind).items():
+        module = model.get_submodule(name)
+        if not name.startswith("language.") or _numbers(module) < SMALLEST:
+            continue
+        matrices = _matrices(module)
+        less = itemsize * sum(matrix.numel() for matrix in matrices) - _packed_bytes(matrices, matrix_kind)
+        saved += max(0, less) * (_share_read(config, rows=rows) if isinstance(module, Experts) else 1.0)
+    return saved
+
+
+def _share_read(config: AnyConfig, *, rows: int | None) -> float:
+    """Return the share of a layer's experts that a step reads; without rows all of them."""
+    moe = config.language.moe if isinstance(config, VL2Config) else None
+    return 1.0 if moe is None or rows is None else 1 - (1 - moe.active / moe.experts) ** rows
 
 
 def output_errors(model: AnyVL, names: Sequence[str]) -> dict[str, float]:

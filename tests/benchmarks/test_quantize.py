@@ -30,3 +30,13 @@ def test_a_number_that_cannot_be_meant() -> None:
     done = run("--n", "0")
     assert done.returncode == 2
     assert "--n must be at least 1, not 0" in done.stderr
+    assert "--smallest must be at least 0, not -1" in run("--smallest", "-1").stderr
+
+
+def test_what_is_left_as_it_is_changes_nothing() -> None:
+    arguments = ("--n", "2", "--models", "seekvl-nano", "--formats", "int4", "--smallest", "262144")
+    done = run(*arguments, "--threads", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    figure = json.loads(done.stdout.splitlines()[-1])["seekvl-nano, int4"]
+    assert (figure["likeliest"], figure["answers"]) == (1.0, 1.0)
+    assert abs(figure["kl"]) < 1e-9

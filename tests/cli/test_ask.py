@@ -201,3 +201,26 @@ def test_fewer_tiles_cost_fewer_tokens(run: Run) -> None:
         assert result.exit_code == 0, result.output
         costs.append(json.loads(result.stdout)["usage"]["image_tokens"])
     assert costs == [157, 41]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_are_quantised_on_the_way_in(run: Run, model: tuple[str, ...], kind: str) -> None:
+    result = run("ask", PICTURES[1], "What is it?", "--json", *SHORT, *model, "--quantize", kind)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "", "no live line where there is no terminal"
+    other = seekvl.load(GOLDEN / "vl1-siglip", device="cpu", dtype="float32", quantize=kind)
+    wanted = other.ask(PICTURES[1], "What is it?", max_new_tokens=6)
+    assert json.loads(result.stdout)["token_ids"] == wanted.token_ids
+
+
+def test_a_format_that_cannot_be_had_is_one_line(run: Run, tmp_path: Path) -> None:
+    assert run("convert", GOLDEN / "vl1-siglip", tmp_path, "--quantize", "int8").exit_code == 0
+    for arguments, code, says in (
+        (("--model", tmp_path, "--quantize", "int4"), 1, "stored as int8"),
+        (("--model", GOLDEN / "vl1-siglip", "--quantize", "int8", "--device", "cuda"), 1, "on the CPU alone"),
+        (("--quantize", "int3"), 2, "int3"),
+    ):
+        result = run("ask", "What?", *arguments)
+        assert result.exit_code == code
+        assert says in result.stderr
+        assert result.stdout == ""

@@ -41,6 +41,8 @@ def test_figures_and_plot_of_the_bundled_model(run: Run, tmp_path: Path) -> None
         (("deepseek-vl2-tiny", "--peer", "transformers"), 1, "has no DeepSeek-VL2"),
         (("--peer", "transformers"), 1, "transformers cannot load seekvl-nano"),
         (("--peer", "ollama"), 2, "ollama"),
+        (("--quantize", "int8", "--peer", "transformers"), 1, "measure int8 without a peer"),
+        (("--quantize", "int2"), 2, "int2"),
         (("--batch", "0"), 2, "greater than or equal to 1"),
         (("--tokens", "1"), 2, "greater than or equal to 2"),
     ],

@@ -46,6 +46,15 @@ def test_a_piped_conversation_equals_the_library(
     assert vlm.chat(messages[:3], max_new_tokens=6).text == answers[1]
 
 
+def test_a_conversation_with_quantised_weights(run: Run, model: tuple[str, ...]) -> None:
+    result = run("chat", *model, *SHORT, "--quantize", "int4", stdin="What is it?\nAnd now?\n")
+    assert result.exit_code == 0, result.output
+    session = seekvl.load(GOLDEN / "vl1-siglip", device="cpu", dtype="float32", quantize="int4").session()
+    params = SamplingParams(max_new_tokens=6)
+    answers = [session.ask(question, params=params).text for question in ("What is it?", "And now?")]
+    assert result.stdout == "".join(f"{answer.strip()}\n" for answer in answers)
+
+
 def test_the_past_stays_in_the_cache(talk: Talk) -> None:
     talk.hear(f"/image {PICTURE}")
     talk.hear("What is it?")

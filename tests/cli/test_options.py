@@ -3,6 +3,7 @@
 from typing import get_args
 
 from seekvl.cli import options
+from seekvl.models.quantized import KINDS
 from seekvl.processing import choices as processing
 from seekvl.processing.pad_image import PREPROCESSING
 from seekvl.runtime import DTYPES
@@ -18,4 +19,5 @@ def test_choices_are_those_of_the_owners() -> None:
     assert get_args(options.Preprocessing)[0] is processing.Preprocessing
     assert choices(options.Preprocessing) == PREPROCESSING
     assert choices(options.Dtype) == ("auto", *DTYPES)
+    assert get_args(choices(options.Quantize)[0]) == KINDS
     assert options.NANO == NANO

@@ -48,11 +48,27 @@ def test_a_device_that_is_not_here_can_be_planned_for() -> None:
     assert not report["fits"]["8"]["fits"]
 
 
+def test_a_quantised_model_is_planned(tmp_path: Path) -> None:
+    asked = ("deepseek-vl-1.3b-chat", "--device", "cpu", "--dtype", "bfloat16")
+    plain = json.loads(told(*asked, "--json"))
+    report = json.loads(told(*asked, "--quantize", "int4", "--json"))
+    assert (plain["quantize"], report["quantize"]) == (None, "int4")
+    assert 0.26 < report["bytes_per_token"] / plain["bytes_per_token"] < 0.4, "the cache stays as it is"
+    assert report["bytes"]["weights"] < 0.6 * plain["bytes"]["weights"]
+    assert "bfloat16, language model in int4 on cpu" in told(*asked, "--quantize", "int4")
+    nano = ("--dtype", "float32", "--device", "cpu")
+    wanted = json.loads(told("--quantize", "int8", *nano, "--json"))
+    assert runner.invoke(app, ["convert", "seekvl-nano", str(tmp_path), "--quantize", "int8"]).exit_code == 0
+    stored = json.loads(told(str(tmp_path), *nano, "--json"))
+    assert (stored["quantize"], stored["bytes_per_token"]) == ("int8", wanted["bytes_per_token"])
+
+
 def test_what_is_wrong_is_one_line() -> None:
     for args, said in (
         (["nobody/nothing"], "downloads nothing"),
         (["deepseek-vl2-tiny", "--picture", "0x7"], "0x7"),
         (["deepseek-vl-7b-chat", "--picture", "missing.png"], "missing.png"),
+        (["deepseek-vl-7b-chat", "--quantize", "int8", "--device", "cuda"], "on the CPU alone, not on cuda"),
     ):
         done = runner.invoke(app, ["plan", *args])
         assert done.exit_code == 1

@@ -53,6 +53,24 @@ def test_a_folder_beside_transformers() -> None:
     ]
 
 
+@pytest.mark.usefixtures("small")
+def test_a_quantised_model_is_measured_as_such() -> None:
+    said: list[str] = []
+    plain, report = (
+        bench(str(SMALL), Settings(**QUICK, quantize=kind), say=said.append) for kind in (None, "int8")
+    )
+    assert "writing the weights in int8" in said
+    assert (plain.quantize, report.quantize, report.dtype) == (None, "int8", "float32")
+    reads = []
+    for found in (plain, report):
+        (figure,) = (figure for figure in found.figures if figure.name == "decode, batch 1")
+        assert figure.work is not None
+        reads.append(figure.work.read_bytes)
+    assert reads[1] < 0.6 * reads[0], "the cache stays as it is"
+    assert report.table().startswith(f"{SMALL} (folder weights), int8, 1 threads")
+    assert json.loads(report.json())["quantize"] == "int8"
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from seekvl.evals.ceilings import Ceilings
 from seekvl.evals.speed_report import Figure, Report, Work, works
 from seekvl.models.cost import active_parameters, cache_bytes_per_token
@@ -14,6 +16,7 @@ def report(*, peer: bool = True) -> Report:
         model="m",
         weights="random",
         dtype="bfloat16",
+        quantize=None,
         level="avx2",
         machine="2 x CPU",
         versions={"seekvl": "0"},
@@ -72,4 +75,8 @@ def test_the_work_of_a_dense_step() -> None:
     assert found["decode, batch 4"].read_bytes == weights + 4 * cache
     assert found["decode, batch 4"].operations == 4 * found["decode, batch 1"].operations
     assert found["vision"].operations > 0
+    less = works(VL_1B.model, prompt=630, views=1, tokens=32, batches=(1,), itemsize=2, kind="int4")
+    saved = weights + cache - less["decode, batch 1"].read_bytes
+    assert saved / weights == pytest.approx(1 - 4.5 / 16, rel=0.01), "4.5 bits instead of 16 a number"
+    assert less["vision"] == found["vision"]
     assert found["prefill"].operations > 600 * found["decode, batch 1"].operations * 0.8

@@ -17,12 +17,14 @@ from seekvl.models.quantized import (
     unpack,
 )
 from seekvl.models.vl2 import AnyVL
+from seekvl.presets import CHECKPOINTS
 from seekvl.runtime import SeekVLError
 from seekvl.weights import quantize as room
 from seekvl.weights.load import load_checkpoint
 from seekvl.weights.quantize import (
     OUTPUT_LIMIT,
     WEIGHT_LIMIT,
+    _numbers,
     candidates,
     int4_values,
     int8_values,
@@ -31,11 +33,17 @@ from seekvl.weights.quantize import (
     quantize_model,
     quantize_module,
     quantized_parts,
+    saved_bytes,
     summary,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EACH = pytest.mark.parametrize("kind", KINDS)
+TOLD = tuple(
+    f"language.{name}"
+    for name in ("lm_head", "layers.0.attn.q_proj", "layers.0.mlp.gate_proj", "layers.0.mlp.down_proj")
+)
+"""Linear layers of a language model, of several sizes."""
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -241,3 +249,65 @@ def test_bad_models_are_named() -> None:
         quantize_model(model, "int8")
     with pytest.raises(SeekVLError, match="is for the CPU, and this model is on meta"):
         quantize_model(fresh("vl1-siglip").to("meta"), "int8")
+
+
+@EACH
+@pytest.mark.parametrize("folder", ["vl1-siglip", "vl2-tiny-like", "vl2-base-like"])
+def test_saved_bytes_are_those_of_the_network(folder: str, kind: Kind) -> None:
+    before, model = loaded(folder), fresh(folder)
+    quantize_model(model, kind)
+    saved = sum(tensor.nbytes for tensor in before.language.state_dict().values())
+    saved -= sum(tensor.nbytes for tensor in model.language.state_dict().values())
+    assert saved_bytes(before.config, kind, itemsize=4) == saved > 0
+
+
+def test_a_step_saves_on_the_experts_it_reads() -> None:
+    config = loaded("vl2-tiny-like").config
+    one, many, all_of_them = (saved_bytes(config, "int8", itemsize=4, rows=n) for n in (1, 4, None))
+    assert one < many < all_of_them
+    assert saved_bytes(config, "int8", itemsize=4, rows=10_000) == pytest.approx(all_of_them)
+    dense = loaded("vl1-siglip").config
+    assert saved_bytes(dense, "int8", itemsize=4, rows=1) == saved_bytes(dense, "int8", itemsize=4)
+
+
+def test_matrices_that_lie_in_a_cache_stay(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = sorted({_numbers(loaded("vl1-siglip").get_submodule(name)) for name in TOLD})
+    monkeypatch.setattr(room, "SMALLEST", numbers[-1])
+    model = fresh("vl1-siglip")
+    for matrix in quantize_model(model, "int8"):
+        if matrix.name in TOLD:
+            small = _numbers(loaded("vl1-siglip").get_submodule(matrix.name)) < numbers[-1]
+            assert (matrix.kind is None) is small
+            assert ("numbers lie in a cache" in matrix.reason) is small
+    assert not caplog.records
+    saved = sum(tensor.nbytes for tensor in loaded("vl1-siglip").language.state_dict().values())
+    saved -= sum(tensor.nbytes for tensor in model.language.state_dict().values())
+    assert saved_bytes(model.config, "int8", itemsize=4) == saved > 0
+
+
+def test_a_model_of_small_matrices_stays_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(room, "SMALLEST", 1 << 18)
+    model = load_checkpoint(device="cpu")
+    for kind in KINDS:
+        quantised = load_checkpoint(device="cpu", quantize=kind).model
+        assert not quantized_modules(quantised)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(model.model.state_dict().values(), quantised.state_dict().values(), strict=True)
+        )
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        f"{kind} was asked for" for kind in KINDS
+    ]
+    assert "196,608 numbers" in caplog.text
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_no_language_matrix_of_a_published_model_is_small(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CHECKPOINTS[name].model
+    everything = saved_bytes(config, "int4", itemsize=2)
+    monkeypatch.setattr(room, "SMALLEST", 1 << 18)
+    assert saved_bytes(config, "int4", itemsize=2) == everything

@@ -5,9 +5,9 @@ then spin on the cores of the next product. Here norms, rotary positions, attent
 products follow each other in the kernels' own threads.
 
 Numbers stay in float32 from the embedding to the logits. They are rounded where they are stored, in the
-cache, and where a level multiplies pairs of bfloat16, at the input of such products; torch rounds after every
-operation. A token's logits depend on the level and on what the token sees: not on the tokens beside it, nor
-on the number of threads, bit for bit.
+cache; where a level multiplies pairs of bfloat16, at the input of such products; and at the input of packed
+matrices, as `models.quantized` says. torch rounds after every operation. A token's logits depend on the level
+and on what the token sees: not on the tokens beside it, nor on the number of threads, bit for bit.
 
 Letters: n tokens, k key-value heads, e width of a head, v vocabulary.
 """

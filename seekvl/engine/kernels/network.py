@@ -5,6 +5,7 @@ was made from: `Description.stands` tells whether the network is still the same,
 """
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from weakref import ReferenceType, ref
@@ -12,19 +13,35 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from seekvl.engine.kernels.accelerate import KernelExperts, KernelLinear
+from seekvl.engine.kernels.accelerate import (
+    KernelExperts,
+    KernelLinear,
+    KernelQuantizedExperts,
+    KernelQuantizedLinear,
+)
+from seekvl.engine.kernels.packed import NUMBERS
 from seekvl.engine.kernels.products import DTYPES
 from seekvl.engine.kernels.structures import Layer, Matrix, Network, Norm, Router
 from seekvl.models import deepseek_v2, llama
 from seekvl.models.deepseek_v2 import DeepseekV2
 from seekvl.models.llama import Attention, Llama, Mlp, RmsNorm
 from seekvl.models.mla import Mla
-from seekvl.models.moe import Gate, Moe, MoeConfig
+from seekvl.models.moe import Experts, Gate, Moe, MoeConfig
+from seekvl.models.quantized import (
+    STACKS,
+    Kind,
+    Quantized,
+    QuantizedExperts,
+    QuantizedLinear,
+    quantized_like,
+    quantized_modules,
+)
 
 PARTS = frozenset(
     (
         *(Llama, DeepseekV2, llama.Layer, deepseek_v2.Layer, Attention, Mla, Mlp, Moe, Gate, RmsNorm),
-        *(KernelLinear, KernelExperts, nn.Embedding, nn.ModuleList),
+        *(KernelLinear, KernelExperts, KernelQuantizedLinear, KernelQuantizedExperts),
+        *(nn.Embedding, nn.ModuleList),
     )
 )
 """What a network may be made of. A subclass of these is somebody else's, and computes as he wants."""
@@ -34,7 +51,7 @@ CHOICES = MappingProxyType({"greedy": 0, "group_limited": 1, "noaux_tc": 2})
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """A parameter as it was found."""
+    """A parameter, or the packed weight of a buffer, as it was found."""
 
     tensor: ReferenceType[Tensor]
     """Weak, so that nothing is kept that the network has given up."""
@@ -63,9 +80,10 @@ class _Part:
     level: int | None
     children: tuple[int, ...]
     """Identities, which are theirs as long as they live: of that their own entries take care."""
-    parameters: tuple[int, ...]
+    tensors: tuple[int, ...]
+    """The same of parameters and buffers."""
     weights: tuple[_Weight, ...]
-    """Those parameters that are not None."""
+    """Those of them that are not None."""
 
     def stands(self) -> bool:
         """Whether it is what it was, and computes as its class says."""
@@ -77,7 +95,7 @@ class _Part:
             state.get("level") == self.level
             and tuple(map(id, state["_modules"].values())) == self.children
             and not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
-            and tuple(map(id, state["_parameters"].values())) == self.parameters
+            and tuple(map(id, (*state["_parameters"].values(), *state["_buffers"].values()))) == self.tensors
             and all(weight.stands() for weight in self.weights)
         )
 
@@ -93,6 +111,8 @@ class Description:
     """Rows of the embedding."""
     cache_shapes: tuple[tuple[int, int], tuple[int, int]]
     """(heads, width) of keys and of values, see `cache_shape` of the config."""
+    packed: bool
+    """Whether matrices of it are quantised."""
     _parts: tuple[_Part, ...]
     _kept: tuple[object, ...]
     """Memory that the addresses lead to and no parameter owns."""
@@ -105,19 +125,23 @@ class Description:
 def describe(network: Llama | DeepseekV2) -> Description | None:
     """Describe a network whose layers `accelerate` gave to the kernels; None where one step cannot serve it.
 
-    That is so where a part is not of the class of `PARTS`, where weights are of different dtypes, not
-    contiguous, elsewhere than on the CPU or of other sizes than the config says, and where somebody listens
-    with a hook.
+    Any linear layer and any experts may be quantised, but not the latent's expansion, whose rows are read one
+    head at a time, nor one alone of a gate and its `up`.
+
+    That is so where a part is not of the class of `PARTS`, where plain weights are of different dtypes, where
+    weights are not contiguous, elsewhere than on the CPU or of other sizes than the config says, and where
+    somebody listens with a hook.
     """
-    if type(network.lm_head) is not KernelLinear:
+    head, quantized = network.lm_head, quantized_modules(network)
+    if not isinstance(head, KernelLinear | KernelQuantizedLinear):
         return None
-    level = network.lm_head.level
     parts = tuple(_look(module) for module in network.modules())
-    ours = (part.kind in PARTS and part.level in (None, level) and part.stands() for part in parts)
-    if not (all(ours) and all(map(_plain, network.parameters()))):
+    ours = (part.kind in PARTS and part.level in (None, head.level) and part.stands() for part in parts)
+    if not (all(ours) and all(map(_plain, network.parameters())) and all(map(_packed, quantized.values()))):
         return None
-    dtypes = {weight.dtype for part in parts if part.kind is not Gate for weight in part.weights}
-    if len(dtypes) != 1 or not _fits(network):
+    weighty = (part for part in parts if part.kind is not Gate and not issubclass(part.kind, Quantized))
+    dtypes = {weight.dtype for part in weighty for weight in part.weights}
+    if len(dtypes) != 1 or not (_fits(network, quantized) and _joins(quantized)):
         return None
     config = network.config
     layers = (Layer * config.layers)(*(_layer(layer) for layer in network.layers))
@@ -125,9 +149,10 @@ def describe(network: Llama | DeepseekV2) -> Description | None:
     divisors = config.rope_theta**exponent  # as `rotary_table` has them, bit for bit
     return Description(
         network=_network(network, layers=ctypes.addressof(layers), divisors=divisors.data_ptr()),
-        level=level,
+        level=head.level,
         vocab=len(network.embed_tokens.weight),
         cache_shapes=config.cache_shape,
+        packed=bool(quantized),
         _parts=parts,
         _kept=(layers, divisors),
     )
@@ -135,16 +160,16 @@ def describe(network: Llama | DeepseekV2) -> Description | None:
 
 def _look(module: nn.Module) -> _Part:
     """Note what a module is made of."""
-    parameters = module._parameters.values()
+    tensors = (*module._parameters.values(), *module._buffers.values())
     return _Part(
         module=ref(module),
         kind=type(module),
         level=module.__dict__.get("level"),
         children=tuple(map(id, module._modules.values())),
-        parameters=tuple(map(id, parameters)),
+        tensors=tuple(map(id, tensors)),
         weights=tuple(
             _Weight(ref(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape)
-            for tensor in parameters
+            for tensor in tensors
             if tensor is not None and not tensor.is_meta
         ),
     )
@@ -157,6 +182,17 @@ def _plain(weight: Tensor) -> bool:
         and weight.is_cpu
         and weight.layout == torch.strided
         and weight.dtype in DTYPES
+    )
+
+
+def _packed(module: Quantized) -> bool:
+    """Whether a quantised module's weights are bytes in plain memory."""
+    return all(
+        type(buffer) is Tensor
+        and buffer.is_cpu
+        and buffer.layout == torch.strided
+        and buffer.dtype == torch.uint8
+        for buffer in module.buffers()
     )
 
 
@@ -221,8 +257,7 @@ def _layer(layer: nn.Module) -> Layer:
         out.router = _matrix(gate.weight)
         if gate.bias is not None:
             out.router_bias, out.router_bias_kind = gate.bias.data_ptr(), DTYPES[gate.bias.dtype]
-        out.expert_gate, out.expert_up = _matrix(experts.gate_proj), _matrix(experts.up_proj)
-        out.expert_down = _matrix(experts.down_proj)
+        out.expert_gate, out.expert_up, out.expert_down = (_stack(experts, name) for name in STACKS)
     dense = mlp.shared if isinstance(mlp, Moe) else mlp
     if dense is not None:
         out.gate, out.up, out.down = (_linear(x) for x in (dense.gate_proj, dense.up_proj, dense.down_proj))
@@ -240,9 +275,39 @@ def _matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
     )
 
 
-def _linear(layer: nn.Linear) -> Matrix:
+def _linear(layer: nn.Linear | QuantizedLinear) -> Matrix:
     """Translate a linear layer."""
+    if isinstance(layer, QuantizedLinear):
+        return _packed_matrix(layer.packed, layer.kind, rows=layer.out_features, width=layer.in_features)
     return _matrix(layer.weight, layer.bias)
+
+
+def _stack(experts: Experts | QuantizedExperts, name: str) -> Matrix:
+    """Translate the matrices of experts that bear a name."""
+    if isinstance(experts, QuantizedExperts):
+        rows, width = experts.shape(name)
+        return _packed_matrix(experts.get_buffer(name), experts.kind, rows=rows, width=width)
+    return _matrix(getattr(experts, name))
+
+
+def _packed_matrix(packed: Tensor, kind: Kind, *, rows: int, width: int) -> Matrix:
+    """Translate a matrix u8[T, S] or a stack u8[E, T, S]."""
+    return Matrix(weight=packed.data_ptr(), rows=rows, width=width, kind=NUMBERS[kind])
+
+
+def _sizes(module: Quantized) -> tuple[int, ...]:
+    """Return the sizes that the packed weights alone do not tell."""
+    if isinstance(module, QuantizedLinear):
+        return module.in_features, module.out_features
+    return module.count, module.channels, module.width
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return name -> parameter or packed weight; what bears two names is there twice."""
+    return {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _norm(norm: RmsNorm) -> Norm:
@@ -250,15 +315,43 @@ def _norm(norm: RmsNorm) -> Norm:
     return Norm(weight=norm.weight.data_ptr(), kind=DTYPES[norm.weight.dtype], eps=norm.eps)
 
 
-def _fits(network: Llama | DeepseekV2) -> bool:
+def _joins(quantized: Mapping[str, Quantized]) -> bool:
+    """Whether each gate is stored as the `up` beside it, and no expansion of a latent is quantised."""
+    kinds = {name: module.kind for name, module in quantized.items()}
+    return all(
+        _last(name) != "kv_b_proj" and kinds.get(name.removesuffix(_last(name)) + _partner(name)) == kind
+        for name, kind in kinds.items()
+    )
+
+
+def _last(name: str) -> str:
+    """Return the last part of a module's name."""
+    return name.rpartition(".")[2]
+
+
+def _partner(name: str) -> str:
+    """Return the last part of the name of what is read together with a module: itself, or gate and up."""
+    return {"gate_proj": "up_proj", "up_proj": "gate_proj"}.get(_last(name), _last(name))
+
+
+def _fits(network: Llama | DeepseekV2, quantized: Mapping[str, Quantized]) -> bool:
     """Whether all weights have the sizes that the config gives them: the library trusts it.
 
     Embedding and head may have any number of rows, as after tokens were added.
     """
     with torch.device("meta"):
         expected = Llama(network.config) if isinstance(network, Llama) else DeepseekV2(network.config)
-    found = dict(network.named_parameters(remove_duplicate=False))
-    wanted = dict(expected.named_parameters())
+    expected.lm_head.out_features = network.lm_head.out_features
+    modules = dict(expected.named_modules())
+    for name, module in quantized.items():
+        plain = modules.get(name)
+        if not isinstance(plain, nn.Linear if isinstance(module, QuantizedLinear) else Experts):
+            return False
+        like = quantized_like(plain, module.kind)
+        if _sizes(like) != _sizes(module):
+            return False
+        expected.set_submodule(name, like)
+    found, wanted = _tensors(network), _tensors(expected)
     free = dict.fromkeys(("embed_tokens.weight", "lm_head.weight"), 1)  # axes that may be of any length
     return found.keys() == wanted.keys() and all(
         tensor.shape[free.get(name, 0) :] == wanted[name].shape[free.get(name, 0) :]

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from seekvl.engine.kernels.compiled import library
 from seekvl.engine.kernels.products import DTYPES, check_routing, level_index, thread_count
-from seekvl.models.quantized import KINDS, Kind, packed_shape
+from seekvl.models.quantized import Kind, packed_shape
 from seekvl.runtime import SeekVLError
+
+NUMBERS: dict[Kind, int] = {"int8": 3, "int4": 4}
+"""What the library knows the kinds by, beside those of `products.DTYPES`."""
 
 
 def packed_linear(
@@ -102,7 +105,7 @@ def raw_packed_linear(
     library().packed_linear(
         level,
         threads,
-        KINDS.index(kind),
+        NUMBERS[kind],
         DTYPES[x.dtype],
         packed.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -137,7 +140,7 @@ def raw_packed_experts(
     library().packed_experts(
         level,
         threads,
-        KINDS.index(kind),
+        NUMBERS[kind],
         DTYPES[x.dtype],
         gate.data_ptr(),
         up.data_ptr(),

@@ -12,7 +12,6 @@ class Matrix(ctypes.Structure):
 
     _fields_ = (
         ("weight", c_void_p),
-        ("scales", c_void_p),
         ("bias", c_void_p),
         ("rows", c_int64),
         ("width", c_int64),

@@ -108,7 +108,7 @@ def fill(
     network: Network, *, lengths: tuple[int, ...] = LENGTHS, dtype: torch.dtype | None = None
 ) -> KVCache:
     """Make a cache whose rows hold so many tokens; a row holds the same whatever stands beside it."""
-    dtype = network.lm_head.weight.dtype if dtype is None else dtype
+    dtype = network.norm.weight.dtype if dtype is None else dtype
     held = KVCache(network.config, rows=len(lengths), device=torch.device("cpu"), dtype=dtype)
     held.reserve(max(lengths) + 1)
     for side, buffers in enumerate(held.buffers):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seekvl.engine.kernels.compiled import LEVELS, PATH, Library, library
-from seekvl.engine.kernels.packed import packed_experts, packed_linear
+from seekvl.engine.kernels.packed import NUMBERS, packed_experts, packed_linear
 from seekvl.engine.kernels.products import DTYPES
 from seekvl.models.quantized import (
     KINDS,
@@ -125,7 +125,7 @@ def test_nothing_is_touched_behind_the_buffers(level: str, kind: Kind) -> None:
         for b in (1, 4, 13):
             x, y = randn(b, i, seed=3), at_the_end(torch.zeros(b, o))
             arguments = [at_the_end(tensor).data_ptr() for tensor in (packed, torch.ones(o), x)]
-            code = (LEVELS.index(level), 1, KINDS.index(kind), DTYPES[torch.float32])
+            code = (LEVELS.index(level), 1, NUMBERS[kind], DTYPES[torch.float32])
             library().packed_linear(*code, *arguments, y.data_ptr(), b, o, i)
             assert torch.equal(y, packed_linear(x, packed, torch.ones(o), kind=kind, rows=o, level=level))
     for memory, start in kept:
@@ -272,4 +272,4 @@ def test_shapes_agree_with_the_library(native: Library) -> None:
     for kind in KINDS:
         for o, i in SHAPES:
             tiles, size = packed_shape(kind, o, i)
-            assert bytes_of(KINDS.index(kind), o, i) == tiles * size
+            assert bytes_of(NUMBERS[kind], o, i) == tiles * size

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "many.h"
+#include "memory.h"
 #include "numbers.h"
 #include "pool.h"
 #include "product.h"
@@ -27,38 +28,10 @@ namespace {
 constexpr int64_t kWave = 256;         // lanes of a wave for each thread, at the least one block
 constexpr int64_t kTokens = 2048;      // rows of x whose sums are kept at a time
 constexpr int64_t kPiece = 32;         // rows of a matrix a thread takes at a time
-constexpr int64_t kLineBytes = 64;
-
-int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
-
-const char* shifted(const void* from, int64_t count, Dtype dtype) {
-    return static_cast<const char*>(from) + count * size_of(dtype);
-}
 
 int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-// Memory of the calling thread that outlives the call: fresh pages cost more than what is computed in them.
-class Scratch {
-  public:
-    explicit Scratch(int64_t bytes) {
-        static thread_local std::vector<char> kept;
-        if (static_cast<int64_t>(kept.size()) < bytes + kLineBytes) {
-            kept = std::vector<char>();  // nothing in it is worth a copy, nor both of them the room
-            kept.resize(bytes + kLineBytes);
-        }
-        next_ = kept.data() + (kLineBytes - reinterpret_cast<uintptr_t>(kept.data()) % kLineBytes) % kLineBytes;
-    }
-    void* take(int64_t bytes) {
-        void* taken = next_;
-        next_ += rounded_up(bytes, kLineBytes);
-        return taken;
-    }
-
-  private:
-    char* next_;
-};
-
-int64_t packed_bytes(int64_t lanes, int64_t width) { return rounded_up(lanes * (width + 1) * 4, kLineBytes); }
+int64_t packed_numbers(int64_t lanes, int64_t width) { return Scratch::rounded(lanes * (width + 1)); }
 
 // Rows that meet one matrix, and where their results go.
 struct Group {
@@ -178,8 +151,9 @@ void multiply(Job& job, const Rows& rows) {
     const int threads = job.threads;
     const int64_t block = job.machine->most, wave = std::max(kWave * threads / block, int64_t{1}) * block;
     const int64_t most = std::min(wave, rounded_up(rows.count, block));
-    Scratch scratch(packed_bytes(most + most / block * job.machine->lanes, job.first.width));
-    char* packed = static_cast<char*>(scratch.take(0));
+    const int64_t numbers = packed_numbers(most + most / block * job.machine->lanes, job.first.width);
+    Scratch scratch(numbers, Scratch::MANY);
+    char* packed = reinterpret_cast<char*>(scratch.take(numbers));
     std::vector<const void*> from(most);
     std::vector<void*> to(most);
     for (int64_t start = 0; start < rows.count; start += most) {
@@ -268,10 +242,11 @@ void send_through_experts(Job& job, const Tokens& tokens) {
     const Many& machine = *job.machine;
     const int64_t count = tokens.count * tokens.k, d = job.channels, m = job.rows;
     const int64_t most = std::min(std::max(kWave * job.threads, machine.most), count * machine.lanes);
-    Scratch scratch(packed_bytes(tokens.count, d) + packed_bytes(most, d) + packed_bytes(most, m));
-    float* const sums = static_cast<float*>(scratch.take(packed_bytes(tokens.count, d)));
-    char* const packed = static_cast<char*>(scratch.take(packed_bytes(most, d)));
-    char* const hidden = static_cast<char*>(scratch.take(packed_bytes(most, m)));
+    const int64_t of_packed = packed_numbers(most, d), of_hidden = packed_numbers(most, m);
+    Scratch scratch(packed_numbers(tokens.count, d) + of_packed + of_hidden, Scratch::MANY);
+    float* const sums = scratch.take(packed_numbers(tokens.count, d));
+    char* const packed = reinterpret_cast<char*>(scratch.take(of_packed));
+    char* const hidden = reinterpret_cast<char*>(scratch.take(of_hidden));
     std::memset(sums, 0, tokens.count * d * sizeof(float));
     const Slots slots = sort_slots(job, tokens, sums);
     int64_t used = 0;  // lanes of the wave

@@ -7,30 +7,52 @@
 
 namespace seekvl {
 
-int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
+namespace {
 
-const char* shifted(const void* from, int64_t count, Dtype dtype) {
-    return static_cast<const char*>(from) + count * size_of(dtype);
+// Pieces of what is left that make up a thread's share: long ones come first, since each begins a stream that nothing
+// has brought near, and the last are short, so that all end together.
+constexpr int kParts = 4;
+
+// What threads take of a part: rows of a matrix, or tiles of a packed one.
+struct Units { int64_t count, bytes; };
+
+Units units_of(const Part& part) {
+    const Product& product = part.product;
+    const int64_t matrices = part.up.weight ? 2 : 1;
+    if (is_packed(product.weight))
+        return {tiles_of(part.rows), matrices * tile_bytes(product.weight, product.width)};
+    return {part.rows, matrices * product.width * size_of(product.weight)};
 }
 
-int64_t rows_a_piece(int64_t bytes, int64_t row_bytes, int threads) {
+int64_t matrix_bytes(Dtype kind, int64_t rows, int64_t width) {
+    return is_packed(kind) ? tiles_of(rows) * tile_bytes(kind, width) : rows * width * size_of(kind);
+}
+
+int64_t input_bytes(Dtype kind, int64_t width) {
+    return is_packed(kind) ? static_cast<int64_t>(sizeof(QuantizedRow)) : width * size_of(kind);
+}
+
+}  // namespace
+
+int64_t rows_a_piece(int64_t bytes, int64_t row_bytes, int threads, int parts) {
     row_bytes = std::max<int64_t>(row_bytes, 1);
-    const int64_t share = std::clamp<int64_t>(bytes / (32 * threads), 32 << 10, 512 << 10);
+    const int64_t share = std::clamp<int64_t>(bytes / (parts * threads), 32 << 10, 512 << 10);
     const int64_t piece = std::max<int64_t>(share / row_bytes, 1);
     return piece + piece % 2;
 }
 
 void Job::run() {
-    const auto row_bytes = [](const Part& part) {
-        return (part.up.weight ? 2 : 1) * part.product.width * size_of(part.product.weight);
-    };
     int64_t bytes = 0;
-    for (const Part& part : parts_) bytes += part.rows * row_bytes(part);
+    for (const Part& part : parts_) bytes += units_of(part).count * units_of(part).bytes;
     pieces_.clear();
     for (const Part& part : parts_) {
-        const int64_t step = rows_a_piece(bytes, row_bytes(part), threads_), index = &part - parts_.data();
-        for (int64_t row = 0; row < part.rows; row += step)
-            pieces_.push_back({index, row, std::min(row + step, part.rows)});
+        const Units units = units_of(part);
+        const int64_t index = &part - parts_.data();
+        for (int64_t unit = 0, end; unit < units.count; unit = end) {
+            end = std::min(unit + rows_a_piece(bytes, units.bytes, threads_, kParts), units.count);
+            pieces_.push_back({index, unit, end});
+            bytes -= (end - unit) * units.bytes;
+        }
     }
     seekvl::run(threads_, static_cast<int64_t>(pieces_.size()), 1, work, this);
     parts_.clear();
@@ -41,17 +63,49 @@ void Job::work(const void* pointer, int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
         const Piece& piece = job.pieces_[index];
         const Part& part = job.parts_[piece.part];
-        if (part.up.weight) job.level_.gated(part.product, part.matrix, part.up, piece.begin, piece.end);
-        else job.level_.rows(part.product, part.matrix, piece.begin, piece.end);
+        if (is_packed(part.product.weight)) job.multiply_tiles(part, piece.begin, piece.end);
+        else job.multiply(part, piece.begin, piece.end);
     }
 }
 
-void group_by_expert(const int64_t* experts, int64_t slots, std::vector<Group>& groups) {
+void Job::multiply(const Part& part, int64_t begin, int64_t end) const {
+    if (part.up.weight) level_.gated(part.product, part.matrix, part.up, begin, end);
+    else level_.rows(part.product, part.matrix, begin, end);
+}
+
+void Job::multiply_tiles(const Part& part, int64_t begin, int64_t end) const {
+    const Operand& m = part.matrix;
+    QuantizedRow x[kMaxBatch];
+    for (int64_t b = 0; b < m.batch; ++b) x[b] = *static_cast<const QuantizedRow*>(m.x[b]);
+    const Meeting meeting{m.batch, x, m.y, F32, nullptr};
+    const auto packed_of = [&](const void* weight) {
+        return Packed{part.product.weight, static_cast<const uint8_t*>(weight), part.rows, part.product.width};
+    };
+    const Packed matrix = packed_of(m.weight);
+    if (part.up.weight) packed_->gated(matrix, packed_of(part.up.weight), meeting, begin, end);
+    else packed_->tiles(matrix, meeting, begin, end);
+}
+
+int64_t room_of_row(Dtype kind, int64_t width) {
+    const int64_t groups = groups_of(kind, width);
+    return Scratch::rounded<int8_t>(padded(width)) + Scratch::rounded(groups) + Scratch::rounded<int32_t>(groups);
+}
+
+QuantizedRow row_in(Scratch& memory, Dtype kind, int64_t width) {
+    const int64_t groups = groups_of(kind, width);
+    return {memory.take<int8_t>(padded(width)), memory.take(groups), memory.take<int32_t>(groups)};
+}
+
+std::vector<int64_t> by_expert(const int64_t* experts, int64_t slots) {
     std::vector<int64_t> order(slots);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return experts[a] < experts[b]; });
+    return order;
+}
+
+void group_by_expert(const int64_t* experts, int64_t slots, std::vector<Group>& groups) {
     groups.clear();
-    for (const int64_t slot : order) {
+    for (const int64_t slot : by_expert(experts, slots)) {
         if (groups.empty() || groups.back().expert != experts[slot] || groups.back().count == kMaxBatch)
             groups.push_back({experts[slot], 0, {}});
         Group& group = groups.back();
@@ -63,22 +117,16 @@ Part part_of(const Product& product, int64_t rows, const Group& group, const Slo
              const void* up) {
     Part part{product, rows, {}, {}};
     Operand& m = part.matrix;
-    const int64_t start = group.expert * rows * product.width;
-    m.weight = shifted(stack, start, product.weight);
+    const int64_t start = group.expert * matrix_bytes(product.weight, rows, product.width);
+    const int64_t input = input_bytes(product.input, product.width);
+    m.weight = static_cast<const char*>(stack) + start;
     m.batch = group.count;
     for (int64_t b = 0; b < group.count; ++b) {
-        m.x[b] = shifted(slots.x, group.slots[b] / slots.shared * product.width, product.input);
+        m.x[b] = static_cast<const char*>(slots.x) + group.slots[b] / slots.shared * input;
         m.y[b] = slots.y + group.slots[b] * rows;
     }
-    if (up) part.up = m, part.up.weight = shifted(up, start, product.weight);
+    if (up) part.up = m, part.up.weight = static_cast<const char*>(up) + start;
     return part;
-}
-
-Scratch::Scratch(int64_t count) {
-    static thread_local std::vector<float> kept;
-    if (static_cast<int64_t>(kept.size()) < count + kLine) kept.resize(count + kLine);
-    const auto address = reinterpret_cast<uintptr_t>(kept.data());
-    next_ = kept.data() + (kLine - address / sizeof(float) % kLine) % kLine;
 }
 
 }  // namespace seekvl

@@ -4,20 +4,18 @@
 #include <cstdint>
 #include <vector>
 
+#include "memory.h"
+#include "packed.h"
 #include "product.h"
 
 namespace seekvl {
 
-int64_t size_of(Dtype dtype);
+// Rows a thread takes at a time: its share of the bytes in so many parts, so that all end together, within what hides
+// the handing out (32 KiB) and what a stalled thread may hold up (512 KiB).
+int64_t rows_a_piece(int64_t bytes, int64_t row_bytes, int threads, int parts = 32);
 
-// The address of number `count` behind `from`.
-const char* shifted(const void* from, int64_t count, Dtype dtype);
-
-// Rows a thread takes at a time: a 32nd of its share, so that all end together, within what hides the handing
-// out (32 KiB) and what a stalled thread may hold up (512 KiB).
-int64_t rows_a_piece(int64_t bytes, int64_t row_bytes, int threads);
-
-// A matrix of `rows` rows with its inputs. With `up` the rows of both are joined, see Level::gated.
+// A matrix of `rows` rows with its inputs. With `up` the rows of both are joined, see Level::gated. Where the matrix is
+// packed, so is `up`; each input is a QuantizedRow of its kind then, the output F32, and there is no bias.
 struct Part {
     Product product;
     int64_t rows;
@@ -27,15 +25,20 @@ struct Part {
 
 class Job {
   public:
-    Job(const Level& level, int threads) : level_(level), threads_(threads) {}
+    // `packed` is needed for packed matrices alone.
+    Job(const Level& level, int threads, const PackedLevel* packed = nullptr)
+        : level_(level), packed_(packed), threads_(threads) {}
     void add(const Part& part) { parts_.push_back(part); }
     void run();             // compute what was added, and forget it
 
   private:
     struct Piece { int64_t part, begin, end; };
     static void work(const void* pointer, int64_t begin, int64_t end);
+    void multiply(const Part& part, int64_t begin, int64_t end) const;
+    void multiply_tiles(const Part& part, int64_t begin, int64_t end) const;
 
     const Level& level_;
+    const PackedLevel* packed_;
     int threads_;
     std::vector<Part> parts_;
     std::vector<Piece> pieces_;
@@ -47,12 +50,21 @@ struct Group {
     int64_t slots[kMaxBatch];
 };
 
-// Sort slots by expert, each expert's in their order.
+// Numbers of float32 that `row_in` takes of memory.
+int64_t room_of_row(Dtype kind, int64_t width);
+
+// A row to be quantised, and its place.
+QuantizedRow row_in(Scratch& memory, Dtype kind, int64_t width);
+
+// Slots in the order of their experts, each expert's in their own.
+std::vector<int64_t> by_expert(const int64_t* experts, int64_t slots);
+
+// The same, as groups.
 void group_by_expert(const int64_t* experts, int64_t slots, std::vector<Group>& groups);
 
 // Where slots find their inputs, which `shared` neighbours have in common, and leave their results.
 struct Slots {
-    const void* x;          // rows of Product::input
+    const void* x;          // rows of Product::input, one behind the other
     int64_t shared;
     float* y;
 };
@@ -60,24 +72,5 @@ struct Slots {
 // A group's matrix of the stack [E, rows, width], joined with that of `up` where there is one.
 Part part_of(const Product& product, int64_t rows, const Group& group, const Slots& slots, const void* stack,
              const void* up = nullptr);
-
-// Memory of a thread that outlives the call, so that decoding does not ask for it again and again.
-class Scratch {
-    static constexpr int64_t kLine = 16;  // numbers of a cache line
-
-  public:
-    // What `take` takes of memory: whole lines, so that vectors lie within them.
-    static int64_t rounded(int64_t count) { return (count + kLine - 1) / kLine * kLine; }
-
-    explicit Scratch(int64_t count);
-    float* take(int64_t count) {
-        float* taken = next_;
-        next_ += rounded(count);
-        return taken;
-    }
-
-  private:
-    float* next_;
-};
 
 }  // namespace seekvl

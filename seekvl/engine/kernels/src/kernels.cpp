@@ -182,7 +182,7 @@ EXPORT uint64_t seekvl_read(int32_t threads, const void* from, int64_t bytes) {
 // One decoding step: what the structures mean stands in step.h.
 EXPORT void seekvl_step(int32_t level, int32_t threads, const Network* network, const Cache* cache,
                         const Tokens* tokens, float* logits) {
-    step(level_at(level), threads, *network, *cache, *tokens, logits);
+    step(level_at(level), packed_level_at(level), threads, *network, *cache, *tokens, logits);
 }
 
 // Bytes of what describes a step: Python writes the same structures.

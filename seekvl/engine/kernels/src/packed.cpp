@@ -2,13 +2,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
+#include "jobs.h"
 #include "numbers.h"
 #include "packed.h"
 #include "pool.h"
@@ -32,18 +32,6 @@ bool has_vnni() {
 #endif
 }
 
-// What a level, which this machine executes, does with quantised matrices.
-const PackedLevel& packed_level_at(int32_t index) {
-#if defined(__x86_64__)
-    static const bool vnni = has_vnni();
-    if (index >= AVX512 && vnni) return packed_vnni;
-    if (index >= AVX2) return packed_avx2;
-#elif defined(__aarch64__)
-    if (index == NEON) return packed_neon;
-#endif
-    return packed_portable;
-}
-
 // The level that widens and rounds what goes in and out; pairs of bfloat16 are of no use here.
 const Level& float_level_at(int32_t index) {
 #if defined(__x86_64__)
@@ -55,74 +43,39 @@ const Level& float_level_at(int32_t index) {
     return portable;
 }
 
-constexpr int64_t kLine = 64;          // bytes
 constexpr int64_t kFewInputs = 8;      // up to here memory is the limit, and one thread quantises the inputs
 constexpr int64_t kTokens = 512;       // that go through experts at once: bounds the memory between the products
-
-int64_t up_to_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
-
-// Memory of a thread that outlives the call, cut into parts that begin with a cache line.
-template <int purpose>
-class Lines {
-  public:
-    explicit Lines(int64_t bytes) {
-        static thread_local std::vector<uint8_t> kept;
-        if (static_cast<int64_t>(kept.size()) < bytes + kLine) kept.resize(bytes + kLine);
-        next_ = kept.data() + (kLine - reinterpret_cast<uintptr_t>(kept.data()) % kLine) % kLine;
-    }
-    template <class Number>
-    Number* take(int64_t count) {
-        uint8_t* taken = next_;
-        next_ += up_to_lines(count * sizeof(Number));
-        return reinterpret_cast<Number*>(taken);
-    }
-
-  private:
-    uint8_t* next_;
-};
-enum Purpose { CALL, WIDENED };
-
-int64_t input_bytes(Kind kind, int64_t width) {
-    return up_to_lines(padded(width)) + 2 * up_to_lines(groups_of(kind, width) * 4);
-}
 
 // Inputs to be quantised, and their places.
 struct Quantization {
     const Level* level;
     const PackedLevel* packed;
-    Kind kind;
+    Dtype kind;
     Dtype dtype;
-    const char* x;             // [count, width]
+    const void* x;             // [count, width]
     int64_t width;
-    std::vector<Input> inputs;
+    std::vector<QuantizedRow> inputs;
 };
 
 void quantize_some(const void* pointer, int64_t begin, int64_t end) {
     const Quantization& q = *static_cast<const Quantization*>(pointer);
-    const int64_t bytes = q.dtype == F32 ? 4 : 2;
-    Lines<WIDENED> lines(q.width * sizeof(float));
-    float* wide = lines.take<float>(q.width);
+    Scratch scratch(Scratch::rounded(q.width), Scratch::WIDENED);
+    float* wide = scratch.take(q.width);
     for (int64_t row = begin; row < end; ++row) {
-        const void* from = q.x + row * q.width * bytes;
+        const void* from = shifted(q.x, row * q.width, q.dtype);
         if (q.dtype != F32) q.level->widen(q.dtype, from, wide, q.width);
         q.packed->quantize(q.kind, q.dtype == F32 ? static_cast<const float*>(from) : wide, q.width, q.inputs[row]);
     }
 }
 
-template <class Memory>
-void quantize_all(Quantization& q, int64_t count, int threads, Memory& memory) {
-    const int64_t groups = groups_of(q.kind, q.width);
+void quantize_all(Quantization& q, int64_t count, int threads, Scratch& memory) {
     q.inputs.resize(count);
-    for (Input& input : q.inputs) {
-        input.values = memory.template take<int8_t>(padded(q.width));
-        input.scales = memory.template take<float>(groups);
-        input.sums = memory.template take<int32_t>(groups);
-    }
+    for (QuantizedRow& input : q.inputs) input = row_in(memory, q.kind, q.width);
     run(count > kFewInputs ? threads : 1, count, 4, quantize_some, &q);
 }
 
 // Matrices of one shape, each with inputs of its own. With `up` the rows of both are joined, see PackedLevel.
-struct Job {
+struct Tiling {
     const PackedLevel* level;
     int64_t tiles;
     std::vector<Packed> matrices, up;
@@ -130,7 +83,7 @@ struct Job {
 };
 
 void work(const void* pointer, int64_t begin, int64_t end) {
-    const Job& job = *static_cast<const Job*>(pointer);
+    const Tiling& job = *static_cast<const Tiling*>(pointer);
     while (begin < end) {
         const int64_t index = begin / job.tiles, first = begin % job.tiles;
         const int64_t last = std::min(job.tiles, first + end - begin);
@@ -141,9 +94,8 @@ void work(const void* pointer, int64_t begin, int64_t end) {
     }
 }
 
-// Tiles a thread takes at a time: where inputs are many a quarter of its share, for inputs to stay near; else a 32nd of its share, within what hides the
-// handing out (32 KiB) and what a stalled thread may hold up (512 KiB).
-void run_job(const Job& job, int threads) {
+// Where inputs are many a thread takes a quarter of its share at a time, so that inputs stay near.
+void run_job(const Tiling& job, int threads) {
     if (job.matrices.empty()) return;
     const Packed& matrix = job.matrices[0];
     const int64_t total = job.tiles * static_cast<int64_t>(job.matrices.size());
@@ -152,21 +104,13 @@ void run_job(const Job& job, int threads) {
     for (const Meeting& meeting : job.meetings) most = std::max(most, meeting.count);
     int64_t piece = std::clamp<int64_t>(total / (4 * threads) / 2 * 2, 2, 32);
     if (most <= kFewInputs)
-        piece = std::max<int64_t>(std::clamp<int64_t>(total * bytes / (32 * threads), 32 << 10, 512 << 10) / bytes, 1);
+        piece = rows_a_piece(total * bytes, bytes, threads);
     run(threads, total, piece, work, &job);
-}
-
-// Slots of tokens, in the order of their experts: those of expert e are order[ends[e - 1]] .. order[ends[e] - 1].
-std::vector<int64_t> by_expert(const int64_t* experts, int64_t slots) {
-    std::vector<int64_t> order(slots);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return experts[a] < experts[b]; });
-    return order;
 }
 
 // Three stacks of matrices: gate and up are [E, m, d], down is [E, d, m].
 struct Stacks {
-    Kind kind;
+    Dtype kind;
     const uint8_t *gate, *up, *down;
     int64_t d, m;
 
@@ -177,19 +121,19 @@ struct Stacks {
 
 // out[slot, d] = what the slot's expert makes of its token, for slots of at most kTokens tokens x[n, d].
 void run_slots(const Stacks& s, Quantization& tokens, const int64_t* experts, int64_t n, int64_t k, float* hidden,
-               float* out, int threads, const Lines<CALL>& after) {
+               float* out, int threads, const Scratch& after) {
     const int64_t slots = n * k;
-    Lines<CALL> memory = after;
+    Scratch memory = after;
     quantize_all(tokens, n, threads, memory);
     const std::vector<int64_t> order = by_expert(experts, slots);
-    std::vector<Input> x(slots);
+    std::vector<QuantizedRow> x(slots);
     std::vector<void*> to_hidden(slots), to_out(slots);
     for (int64_t at = 0; at < slots; ++at) {
         x[at] = tokens.inputs[order[at] / k];
         to_hidden[at] = hidden + at * s.m;  // in the order of experts, as the second product reads it
         to_out[at] = out + order[at] * s.d;
     }
-    Job first{tokens.packed, tiles_of(s.m), {}, {}, {}}, second{tokens.packed, tiles_of(s.d), {}, {}, {}};
+    Tiling first{tokens.packed, tiles_of(s.m), {}, {}, {}}, second{tokens.packed, tiles_of(s.d), {}, {}, {}};
     for (int64_t at = 0, next; at < slots; at = next) {
         const int64_t expert = experts[order[at]];
         for (next = at; next < slots && experts[order[next]] == expert; ++next) {}
@@ -200,7 +144,7 @@ void run_slots(const Stacks& s, Quantization& tokens, const int64_t* experts, in
         second.meetings.push_back({next - at, nullptr, &to_out[at], F32, nullptr});
     }
     run_job(first, threads);
-    Quantization between{tokens.level, tokens.packed, s.kind, F32, reinterpret_cast<char*>(hidden), s.m, {}};
+    Quantization between{tokens.level, tokens.packed, s.kind, F32, hidden, s.m, {}};
     quantize_all(between, slots, threads, memory);
     int64_t at = 0;
     for (Meeting& meeting : second.meetings) {
@@ -211,13 +155,25 @@ void run_slots(const Stacks& s, Quantization& tokens, const int64_t* experts, in
 }
 
 }  // namespace
+
+const PackedLevel& packed_level_at(int32_t index) {
+#if defined(__x86_64__)
+    static const bool vnni = has_vnni();
+    if (index >= AVX512 && vnni) return packed_vnni;
+    if (index >= AVX2) return packed_avx2;
+#elif defined(__aarch64__)
+    if (index == NEON) return packed_neon;
+#endif
+    return packed_portable;
+}
+
 }  // namespace seekvl
 
 using namespace seekvl;
 
 // Bytes of a packed matrix [rows, width].
 EXPORT int64_t seekvl_packed_bytes(int32_t kind, int64_t rows, int64_t width) {
-    return tiles_of(rows) * tile_bytes(static_cast<Kind>(kind), width);
+    return tiles_of(rows) * tile_bytes(static_cast<Dtype>(kind), width);
 }
 
 // Whether the levels of AVX-512 multiply bytes by VNNI.
@@ -226,15 +182,14 @@ EXPORT int32_t seekvl_vnni() { return has_vnni(); }
 // y[b, o] = x[b, i] W[o, i]^T + bias[o]; x, y and bias have one dtype.
 EXPORT void seekvl_packed_linear(int32_t level, int32_t threads, int32_t kind, int32_t dtype, const uint8_t* weight,
                                  const void* bias, const void* x, void* y, int64_t b, int64_t o, int64_t i) {
-    const Packed matrix{static_cast<Kind>(kind), weight, o, i};
+    const Packed matrix{static_cast<Dtype>(kind), weight, o, i};
     const auto outer = static_cast<Dtype>(dtype);
     const PackedLevel& machine = packed_level_at(level);
-    Lines<CALL> memory(b * input_bytes(matrix.kind, i));
-    Quantization q{&float_level_at(level), &machine, matrix.kind, outer, static_cast<const char*>(x), i, {}};
+    Scratch memory(b * room_of_row(matrix.kind, i), Scratch::PACKED);
+    Quantization q{&float_level_at(level), &machine, matrix.kind, outer, x, i, {}};
     quantize_all(q, b, threads, memory);
     std::vector<void*> to(b);
-    const int64_t row_bytes = o * (outer == F32 ? 4 : 2);
-    for (int64_t row = 0; row < b; ++row) to[row] = static_cast<char*>(y) + row * row_bytes;
+    for (int64_t row = 0; row < b; ++row) to[row] = const_cast<char*>(shifted(y, row * o, outer));
     run_job({&machine, tiles_of(o), {matrix}, {}, {{b, q.inputs.data(), to.data(), outer, bias}}}, threads);
 }
 
@@ -244,16 +199,17 @@ EXPORT void seekvl_packed_experts(int32_t level, int32_t threads, int32_t kind, 
                                   const uint8_t* up, const uint8_t* down, const int64_t* experts,
                                   const float* weights, const void* x, void* y, int64_t n, int64_t k, int64_t d,
                                   int64_t m) {
-    const Stacks stacks{static_cast<Kind>(kind), gate, up, down, d, m};
+    const Stacks stacks{static_cast<Dtype>(kind), gate, up, down, d, m};
     const auto outer = static_cast<Dtype>(dtype);
-    const int64_t row_bytes = d * (outer == F32 ? 4 : 2), most = std::min(n, kTokens), slots = most * k;
-    Lines<CALL> memory(up_to_lines(slots * m * 4) + up_to_lines(slots * d * 4) + most * input_bytes(stacks.kind, d) +
-                       slots * input_bytes(stacks.kind, m));
-    float *hidden = memory.take<float>(slots * m), *out = memory.take<float>(slots * d);
+    const int64_t most = std::min(n, kTokens), slots = most * k;
+    Scratch memory(Scratch::rounded(slots * m) + Scratch::rounded(slots * d) + most * room_of_row(stacks.kind, d) +
+                       slots * room_of_row(stacks.kind, m),
+                   Scratch::PACKED);
+    float *hidden = memory.take(slots * m), *out = memory.take(slots * d);
     for (int64_t first = 0; first < n; first += kTokens) {
         const int64_t some = std::min(kTokens, n - first);
         Quantization q{&float_level_at(level), &packed_level_at(level), stacks.kind, outer,
-                       static_cast<const char*>(x) + first * row_bytes, d, {}};
+                       shifted(x, first * d, outer), d, {}};
         run_slots(stacks, q, experts + first * k, some, k, hidden, out, threads, memory);
         for (int64_t token = 0; token < some; ++token)
             for (int64_t channel = 0; channel < d; ++channel) {

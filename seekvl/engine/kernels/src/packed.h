@@ -12,7 +12,7 @@
 // x / scale. Sums of a group are whole numbers and exact; groups are added in float32, from the first to the last.
 // So a result does not depend on the rows or inputs computed beside it.
 //
-// Letters: b inputs, o rows of a matrix, i numbers of a row.
+// The kinds are INT8 and INT4 of Dtype. Letters: b inputs, o rows of a matrix, i numbers of a row.
 #pragma once
 
 #include <cstdint>
@@ -21,41 +21,43 @@
 
 namespace seekvl {
 
-// In the order of Python's KINDS.
-enum Kind : int32_t { INT8 = 0, INT4 = 1 };
-
 constexpr int64_t kTile = 16;                 // rows
 constexpr int64_t kUnit = 64;                 // inputs
 constexpr int64_t kInt4Unit = 64 + 512;       // bytes
 constexpr int64_t kInt8Group = 128, kInt4Group = 32;  // inputs with one scale; the last group may be shorter
 
+namespace {
+
+constexpr bool is_packed(Dtype kind) { return kind == INT8 || kind == INT4; }
 constexpr int64_t padded(int64_t width) { return (width + kUnit - 1) / kUnit * kUnit; }
-constexpr int64_t group_of(Kind kind) { return kind == INT8 ? kInt8Group : kInt4Group; }
-constexpr int64_t groups_of(Kind kind, int64_t width) {
+constexpr int64_t group_of(Dtype kind) { return kind == INT8 ? kInt8Group : kInt4Group; }
+constexpr int64_t groups_of(Dtype kind, int64_t width) {
     return (padded(width) + group_of(kind) - 1) / group_of(kind);
 }
 constexpr int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
-constexpr int64_t tile_bytes(Kind kind, int64_t width) {
+constexpr int64_t tile_bytes(Dtype kind, int64_t width) {
     return kind == INT8 ? 64 + kTile * padded(width) : padded(width) / kUnit * kInt4Unit;
 }
 
+}  // namespace
+
 struct Packed {
-    Kind kind;
+    Dtype kind;
     const uint8_t* weight;
     int64_t rows, width;     // o, i
 };
 
 // A quantised input.
-struct Input {
+struct QuantizedRow {
     int8_t* values;          // [padded(i)]
     float* scales;           // [groups]
-    int32_t* sums;           // [groups], of the values
+    int32_t* starts;         // [groups], what sums begin with: minus the values times the zero of the weights
 };
 
 // The inputs a matrix meets, and where results go.
 struct Meeting {
     int64_t count;           // b
-    const Input* x;          // [b]
+    const QuantizedRow* x;          // [b]
     void* const* y;          // [b], each [o]
     Dtype output;
     const void* bias;        // [o] of `output`, or null
@@ -63,12 +65,15 @@ struct Meeting {
 
 struct PackedLevel {
     // Numbers that are not finite make the scale of their group NaN, so that no result hides them.
-    void (*quantize)(Kind, const float* x, int64_t width, const Input&);
+    void (*quantize)(Dtype, const float* x, int64_t width, const QuantizedRow&);
     // y[b, o] = sum over i of x[b, i] W[o, i], plus bias, for the rows of tiles begin..end.
     void (*tiles)(const Packed&, const Meeting&, int64_t begin, int64_t end);
     // y[b, o] = silu(gate) * up, as float32; both have the same kind and shape.
     void (*gated)(const Packed& gate, const Packed& up, const Meeting&, int64_t begin, int64_t end);
 };
+
+// What a level, by its index in Python's LEVELS, does with quantised matrices on this machine.
+const PackedLevel& packed_level_at(int32_t index);
 
 extern const PackedLevel packed_portable, packed_neon, packed_avx2, packed_vnni;
 

@@ -5,9 +5,10 @@
 // inputs and each input `tiles` weights.
 //
 // `Machine` gives `Ints` and `Floats`, one number for each row of a tile: `all`, `add`, `load`, `store`, `bf16`,
-// `scaled(v, number)`, `product(v, w)`, `accumulate(v, ints, scale)`; and lines of weights: `bytes(p)`, `nibbles(p, low, high)`,
-// `four(x)` (four values for every row) and `dot(sum, line, four)`. `few` and `many` inputs fill its registers,
-// the latter with `tiles` tiles. `byte_zero` is what its bytes have too much: 128, or 0 where it reads a sign.
+// `scaled(v, number)`, `product(v, w)`, `accumulate(v, ints, scale)`; and lines of weights: `bytes(p)`,
+// `nibbles(p, low, high)`, `four(x)` (four values for every row) and `dot(sum, line, four)`. `few` and `many` inputs
+// fill its registers, the latter with `tiles` tiles. `byte_zero` is what its bytes have too much: 128, or 0 where it
+// reads a sign.
 #pragma once
 
 #include <cstdint>
@@ -20,18 +21,28 @@
 namespace seekvl {
 namespace {
 
-constexpr int64_t kAhead = 8192;         // bytes
+constexpr int64_t kPage = 4096;          // bytes
+constexpr int64_t kAhead = 2 * kPage;
 constexpr int64_t kNear = 384 << 10;     // bytes of inputs that stay near
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: in a sum with it the last bit is worth 1
 
-inline void prefetch(const uint8_t* at) {
-    // An address and no pointer: it may lie behind the matrix, where a prefetch does nothing.
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + kAhead));
+// Bring near what is read later than these bytes. One input leaves the processor idle enough to read ahead by itself,
+// and it is enough to touch every page once (machine.h says why); with more inputs it falls behind, and every line is
+// asked for. An address and no pointer: it may lie behind the matrix, where a prefetch does nothing.
+template <int inputs>
+inline void prefetch(const uint8_t* at, int64_t bytes) {
+    const auto address = reinterpret_cast<uintptr_t>(at);
+    if (inputs > 1) {
+        UNROLL for (int64_t line = 0; line < bytes; line += 64)
+            __builtin_prefetch(reinterpret_cast<const void*>(address + kAhead + line));
+    } else if (address % kPage < static_cast<uint64_t>(bytes)) {
+        __builtin_prefetch(reinterpret_cast<const void*>(address + kAhead));
+    }
 }
 
 template <class Machine>
 struct Bytes {
-    static constexpr Kind kind = INT8;
+    static constexpr Dtype kind = INT8;
     static constexpr int32_t zero = Machine::byte_zero;
     template <bool stream>
     static constexpr int64_t step = stream ? 16 : 4;  // inputs; a line is 4
@@ -39,13 +50,10 @@ struct Bytes {
     template <bool stream, int T, int B>
     static void add(const uint8_t* const (&tile)[T], const int8_t* const (&x)[B], int64_t i,
                     typename Machine::Ints (&sum)[T][B]) {
+        if (stream) UNROLL for (int t = 0; t < T; ++t) prefetch<B>(tile[t] + 64 + i * kTile, step<stream> * kTile);
         UNROLL for (int line = 0; line < step<stream> / 4; ++line) {
             typename Machine::Line weights[T];
-            UNROLL for (int t = 0; t < T; ++t) {
-                const uint8_t* at = tile[t] + 64 + (i + 4 * line) * kTile;
-                if (stream) prefetch(at);
-                weights[t] = Machine::bytes(at);
-            }
+            UNROLL for (int t = 0; t < T; ++t) weights[t] = Machine::bytes(tile[t] + 64 + (i + 4 * line) * kTile);
             UNROLL for (int b = 0; b < B; ++b) {
                 const auto four = Machine::four(x[b] + i + 4 * line);
                 UNROLL for (int t = 0; t < T; ++t) sum[t][b] = Machine::dot(sum[t][b], weights[t], four);
@@ -61,7 +69,7 @@ struct Bytes {
 
 template <class Machine>
 struct Nibbles {
-    static constexpr Kind kind = INT4;
+    static constexpr Dtype kind = INT4;
     static constexpr int32_t zero = 8;
     template <bool stream>
     static constexpr int64_t step = kInt4Group;
@@ -74,14 +82,10 @@ struct Nibbles {
         if (two_chains) UNROLL for (int t = 0; t < T; ++t)
             UNROLL for (int b = 0; b < B; ++b) other[t][b] = Machine::all(0);
         const int64_t lines = i / kUnit * kInt4Unit + 64 + i % kUnit * 8;
-        if (stream) UNROLL for (int t = 0; t < T; ++t) prefetch(tile[t] + lines - 64);
+        if (stream) UNROLL for (int t = 0; t < T; ++t) prefetch<B>(tile[t] + lines - 64, 5 * 64);  // scales, too
         for (int line = 0; line < 4; ++line) {
             typename Machine::HalfLine low[T], high[T];
-            UNROLL for (int t = 0; t < T; ++t) {
-                const uint8_t* at = tile[t] + lines + 64 * line;
-                if (stream) prefetch(at);
-                Machine::nibbles(at, low[t], high[t]);
-            }
+            UNROLL for (int t = 0; t < T; ++t) Machine::nibbles(tile[t] + lines + 64 * line, low[t], high[t]);
             UNROLL for (int b = 0; b < B; ++b) {
                 const auto first = Machine::four(x[b] + i + 4 * line);
                 UNROLL for (int t = 0; t < T; ++t) sum[t][b] = Machine::dot(sum[t][b], low[t], first);
@@ -107,7 +111,7 @@ struct Nibbles {
 // y[t * B + b] = what the rows of tile t give with input b. With few inputs the sums stay in registers; with many
 // all of these belong to the whole numbers, and the sums wait in memory from group to group.
 template <class Machine, class Format, bool stream, int T, int B>
-inline void block(const uint8_t* const (&tile)[T], const Input* inputs, int64_t width, float (*y)[kTile]) {
+inline void block(const uint8_t* const (&tile)[T], const QuantizedRow* inputs, int64_t width, float (*y)[kTile]) {
     constexpr int64_t group = group_of(Format::kind), step = Format::template step<stream>;
     const int8_t* x[B];
     typename Machine::Floats total[stream ? T * B : 1];
@@ -118,7 +122,7 @@ inline void block(const uint8_t* const (&tile)[T], const Input* inputs, int64_t 
         const int64_t end = begin + group < width ? begin + group : width, g = begin / group;
         typename Machine::Ints sum[T][B];
         UNROLL for (int b = 0; b < B; ++b) {
-            const auto start = Machine::all(Format::zero ? -Format::zero * inputs[b].sums[g] : 0);
+            const auto start = Machine::all(inputs[b].starts[g]);
             UNROLL for (int t = 0; t < T; ++t) sum[t][b] = start;
         }
         for (int64_t i = begin; i < end; i += step) Format::template add<stream, T, B>(tile, x, i, sum);
@@ -142,7 +146,8 @@ inline void block(const uint8_t* const (&tile)[T], const Input* inputs, int64_t 
 }
 
 template <class Machine, class Format, int T>
-inline void few(int64_t count, const uint8_t* const (&tile)[T], const Input* x, int64_t width, float (*y)[kTile]) {
+inline void few(int64_t count, const uint8_t* const (&tile)[T], const QuantizedRow* x, int64_t width,
+                float (*y)[kTile]) {
     static_assert(Machine::few == 4 || Machine::few == 8);
     if (count == 1) block<Machine, Format, true, T, 1>(tile, x, width, y);
     else if (count == 2) block<Machine, Format, true, T, 2>(tile, x, width, y);
@@ -283,7 +288,8 @@ constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
 constexpr uint32_t kSmallest = 0x0d800000;  // 2^-100: a group below it counts as zero
 
 // One group: n numbers, and zeros up to `filled`.
-inline void quantize_group(const float* x, int64_t n, int64_t filled, int8_t* values, float* scale, int32_t* sum) {
+inline void quantize_group(const float* x, int64_t n, int64_t filled, int32_t zero, int8_t* values, float* scale,
+                           int32_t* start) {
     uint32_t most = 0;  // magnitudes are ordered as their bits are
     for (int64_t i = 0; i < n; ++i) {
         const uint32_t bits = bits_of(x[i]) & 0x7fffffff;
@@ -300,22 +306,24 @@ inline void quantize_group(const float* x, int64_t n, int64_t filled, int8_t* va
         total += value;
     }
     for (int64_t i = kept; i < filled; ++i) values[i] = 0;
-    *sum = total;
+    *start = -zero * total;
 }
 
-inline void quantize(Kind kind, const float* x, int64_t width, const Input& to) {
+template <class Machine>
+void quantize(Dtype kind, const float* x, int64_t width, const QuantizedRow& to) {
     const int64_t group = group_of(kind), full = padded(width);
+    const int32_t zero = kind == INT8 ? Bytes<Machine>::zero : Nibbles<Machine>::zero;
     for (int64_t begin = 0; begin < full; begin += group) {
         const int64_t filled = full - begin < group ? full - begin : group;
         const int64_t left = width - begin, n = left < 0 ? 0 : left < filled ? left : filled;
         const int64_t g = begin / group;
-        quantize_group(x + begin, n, filled, to.values + begin, to.scales + g, to.sums + g);
+        quantize_group(x + begin, n, filled, zero, to.values + begin, to.scales + g, to.starts + g);
     }
 }
 
 template <class Machine>
 constexpr PackedLevel packed_level_of() {
-    return {quantize, tiles<Machine>, gated<Machine>};
+    return {quantize<Machine>, tiles<Machine>, gated<Machine>};
 }
 
 }  // namespace

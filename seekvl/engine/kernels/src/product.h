@@ -11,7 +11,7 @@
 
 namespace seekvl {
 
-enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
+enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2, INT8 = 3, INT4 = 4 };  // the last two are packed.h's alone
 
 constexpr int kMaxBatch = 8;
 

@@ -12,31 +12,57 @@
 namespace seekvl {
 namespace {
 
+Dtype dtype_of(int64_t kind) { return static_cast<Dtype>(kind); }
+
 // Rows of float32 as the products with a kind of weight take them: the one place where an input is made.
 class Input {
   public:
-    // `room` has as many numbers as the rows.
-    Input(const Level& level, const float* rows, int64_t count, int64_t width, float* room)
-        : level_(level), rows_(rows), count_(count), width_(width), room_(room) {}
+    // Numbers of float32 that rows take beside themselves, whatever kinds of weights they meet.
+    static int64_t room(int64_t count, int64_t width) {
+        const int64_t rows = Scratch::rounded<QuantizedRow>(count);
+        const int64_t bytes = count * room_of_row(INT8, width), nibbles = count * room_of_row(INT4, width);
+        return Scratch::rounded(count * width) + 2 * rows + bytes + nibbles;
+    }
 
-    Dtype dtype(int64_t kind) const { return level_.pairs && kind == BF16 ? BF16 : F32; }
+    Input(const Level& level, const PackedLevel& packed, const float* rows, int64_t count, int64_t width, float* room)
+        : level_(level), packed_(packed), rows_(rows), count_(count), width_(width), room_(room) {}
+
+    Dtype dtype(int64_t kind) const {
+        if (is_packed(dtype_of(kind))) return dtype_of(kind);
+        return level_.pairs && kind == BF16 ? BF16 : F32;
+    }
 
     const void* row(int64_t index, int64_t kind) {
-        if (dtype(kind) == F32) return rows_ + index * width_;
-        if (!narrowed_) level_.narrow(BF16, rows_, room_, count_ * width_);
-        narrowed_ = true;
-        return shifted(room_, index * width_, BF16);
+        const Dtype taken = dtype(kind);
+        if (taken == F32) return rows_ + index * width_;
+        if (is_packed(taken)) return quantized(taken) + index;
+        if (!narrowed_) {
+            narrowed_ = room_.take(count_ * width_);
+            level_.narrow(BF16, rows_, narrowed_, count_ * width_);
+        }
+        return shifted(narrowed_, index * width_, BF16);
     }
 
   private:
+    const QuantizedRow* quantized(Dtype kind) {
+        QuantizedRow*& rows = quantized_[kind == INT4];
+        if (rows) return rows;
+        rows = room_.take<QuantizedRow>(count_);
+        for (int64_t index = 0; index < count_; ++index) {
+            rows[index] = row_in(room_, kind, width_);
+            packed_.quantize(kind, rows_ + index * width_, width_, rows[index]);
+        }
+        return rows;
+    }
+
     const Level& level_;
+    const PackedLevel& packed_;
     const float* rows_;
     int64_t count_, width_;
-    float* room_;
-    bool narrowed_ = false;
+    Scratch room_;
+    float* narrowed_ = nullptr;
+    QuantizedRow* quantized_[2] = {};  // in int8, in int4
 };
-
-Dtype dtype_of(int64_t kind) { return static_cast<Dtype>(kind); }
 
 // y[b] = W x[b] of n inputs, whose rows lie one after the other; input and output of float32.
 Part part_of(const Matrix& matrix, Input& x, int64_t n, float* y) {
@@ -104,10 +130,10 @@ struct Buffers {
         k = take(n * widths.key), v = take(n * widths.key);
         mixed = take(n * widths.mixed), values = take(n * widths.mixed);
         cos = take(n * net.rotary), sin = take(n * net.rotary), turned = take(net.rotary);
-        hidden = take(n * widths.hidden), input = take(n * widths.input);
+        hidden = take(n * widths.hidden), input = take(Input::room(n, widths.input));
         logits = take(n * router.experts), ranking = take(router.experts), bias = take(router.experts);
         weights = take(chosen);
-        slots_hidden = take(chosen * expert_width), slots_input = take(chosen * expert_width);
+        slots_hidden = take(chosen * expert_width), slots_input = take(Input::room(chosen, expert_width));
         slots = take(chosen * net.width);
         blocks = take(room);
     }
@@ -115,9 +141,10 @@ struct Buffers {
 
 class Step {
   public:
-    Step(const Level& level, int threads, const Network& net, const Cache& cache, const Tokens& tokens)
-        : level_(level), threads_(threads), net_(net), cache_(cache), tokens_(tokens), n_(tokens.n),
-          job_(level, threads),
+    Step(const Level& level, const PackedLevel& packed, int threads, const Network& net, const Cache& cache,
+         const Tokens& tokens)
+        : level_(level), packed_(packed), threads_(threads), net_(net), cache_(cache), tokens_(tokens), n_(tokens.n),
+          job_(level, threads, &packed),
           attender_(level, threads, tokens, net.heads, net.latent ? 1 : net.kv_heads),
           experts_(n_ * net.router.active),
           scratch_(needed()),
@@ -183,7 +210,7 @@ class Step {
     }
 
     void multiply(const Matrix& matrix, const float* x, float* y) {
-        Input input(level_, x, n_, matrix.width, b_.input);
+        Input input(level_, packed_, x, n_, matrix.width, b_.input);
         job_.add(part_of(matrix, input, n_, y));
         job_.run();
     }
@@ -198,7 +225,7 @@ class Step {
 
     void attend_plain(const Layer& layer, int64_t index) {
         const int64_t e = net_.rotary, half = e / 2;
-        Input input(level_, b_.normed, n_, net_.width, b_.input);
+        Input input(level_, packed_, b_.normed, n_, net_.width, b_.input);
         job_.add(part_of(layer.q, input, n_, b_.q));
         job_.add(part_of(layer.k, input, n_, b_.k));
         job_.add(part_of(layer.v, input, n_, b_.v));
@@ -223,7 +250,7 @@ class Step {
     // The queries meet the latent itself: the key half of kv_b moves to them, its value half behind the attention.
     void attend_latent(const Layer& layer, int64_t index) {
         const int64_t rank = net_.latent, half = net_.rotary / 2, query = net_.nope + net_.rotary;
-        Input input(level_, b_.normed, n_, net_.width, b_.input);
+        Input input(level_, packed_, b_.normed, n_, net_.width, b_.input);
         job_.add(part_of(layer.q, input, n_, b_.q));
         job_.add(part_of(layer.kv_a, input, n_, b_.k));
         job_.run();
@@ -279,7 +306,7 @@ class Step {
 
     // values[n, h, w] = the value rows of kv_b times mixed[n, h, r].
     void expand(const Matrix& kv_b) {
-        Input input(level_, b_.mixed, n_ * net_.heads, net_.latent, b_.input);
+        Input input(level_, packed_, b_.mixed, n_ * net_.heads, net_.latent, b_.input);
         for (int64_t head = 0; head < net_.heads; ++head) {
             Part part{{dtype_of(kv_b.kind), input.dtype(kv_b.kind), F32, kv_b.width}, net_.value, {}, {}};
             Operand& m = part.matrix;
@@ -300,7 +327,7 @@ class Step {
     }
 
     void feed(const Layer& layer) {
-        Input input(level_, b_.normed, n_, net_.width, b_.input);
+        Input input(level_, packed_, b_.normed, n_, net_.width, b_.input);
         job_.add(gated_part_of(layer.gate, layer.up, input, n_, b_.hidden));
         job_.run();
         multiply(layer.down, b_.hidden, b_.y);
@@ -311,7 +338,7 @@ class Step {
     void feed_experts(const Layer& layer) {
         const int64_t active = net_.router.active, m = layer.expert_gate.rows;
         const Dtype kind = dtype_of(layer.expert_gate.kind);
-        Input input(level_, b_.normed, n_, net_.width, b_.input);
+        Input input(level_, packed_, b_.normed, n_, net_.width, b_.input);
         Part router{{dtype_of(layer.router.kind), F32, F32, net_.width}, layer.router.rows, {}, {}};
         router.matrix.weight = layer.router.weight, router.matrix.batch = n_;
         for (int64_t token = 0; token < n_; ++token) {  // in float32, whatever the weights are stored in
@@ -330,11 +357,11 @@ class Step {
                                      layer.expert_up.weight));
         job_.run();
 
-        Input hidden(level_, b_.slots_hidden, n_ * active, m, b_.slots_input);
+        Input hidden(level_, packed_, b_.slots_hidden, n_ * active, m, b_.slots_input);
         const Slots second{hidden.row(0, kind), 1, b_.slots};
         for (const Group& group : groups_)
             job_.add(seekvl::part_of({kind, taken, F32, m}, net_.width, group, second, layer.expert_down.weight));
-        Input shared(level_, b_.hidden, n_, layer.down.width, b_.input);
+        Input shared(level_, packed_, b_.hidden, n_, layer.down.width, b_.input);
         if (layer.down.weight) job_.add(part_of(layer.down, shared, n_, b_.y));
         job_.run();
         join(layer.down.weight != nullptr);
@@ -364,6 +391,7 @@ class Step {
     }
 
     const Level& level_;
+    const PackedLevel& packed_;
     int threads_;
     const Network& net_;
     const Cache& cache_;
@@ -379,9 +407,9 @@ class Step {
 
 }  // namespace
 
-void step(const Level& level, int threads, const Network& network, const Cache& cache, const Tokens& tokens,
-          float* logits) {
-    Step(level, threads, network, cache, tokens).run(logits);
+void step(const Level& level, const PackedLevel& packed, int threads, const Network& network, const Cache& cache,
+          const Tokens& tokens, float* logits) {
+    Step(level, packed, threads, network, cache, tokens).run(logits);
 }
 
 }  // namespace seekvl

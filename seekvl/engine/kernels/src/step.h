@@ -8,15 +8,15 @@
 
 #include <cstdint>
 
+#include "packed.h"
 #include "product.h"
 
 namespace seekvl {
 
-// A matrix [rows, width], row after row; of experts a stack of them, one behind the other.
+// A matrix [rows, width], row after row or packed; of experts a stack of them, one behind the other.
 struct Matrix {
     const void* weight;         // null where there is no such matrix
-    const void* scales;         // of packed kinds; there are none yet
-    const void* bias;           // [rows] of the weight's kind, or null
+    const void* bias;           // [rows] of the weight's kind, or null, as it is with a packed weight
     int64_t rows, width;
     int64_t kind;               // a Dtype
 };
@@ -80,7 +80,8 @@ struct Tokens {
 // Append the tokens to the cache and write the logits f32[n, v] of the next.
 //
 // What a token gives depends on the level and on what it sees, not on the other tokens or the number of threads.
-void step(const Level& level, int threads, const Network& network, const Cache& cache, const Tokens& tokens,
-          float* logits);
+// `packed` multiplies those matrices that are packed; embedding, norms, router and kv_b are not.
+void step(const Level& level, const PackedLevel& packed, int threads, const Network& network, const Cache& cache,
+          const Tokens& tokens, float* logits);
 
 }  // namespace seekvl
