@@ -9,8 +9,8 @@ today: one module per expert and a Python loop over them.
                 their places by the same mask
 
 Router, shared experts and weights are the same on both sides. The routed experts are computed differently,
-and ours answers through the CPU kernels where they were compiled: prompts everywhere in the network, one
-layer's decoding product by product, the whole language model's in one call a step, as the engine does.
+and ours answers through the CPU kernels where they were compiled: one layer product by product, the whole
+language model in one call a prompt and one a step, as the engine does.
 
 Measured are one layer of DeepSeek-VL2-tiny and its whole language model, both with random weights: prefill,
 decoding of one token (of one layer also of a batch of 8), and a training step (forward, and backward into
@@ -38,6 +38,7 @@ import seekvl
 from seekvl.engine.budget import free_bytes
 from seekvl.engine.cache import KVCache
 from seekvl.engine.kernels import decoder as kernels
+from seekvl.engine.kernels import prompts
 from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.kernels.compiled import choose_level
 from seekvl.evals.machine import Neighbours, peak_memory, processor, wait_until_quiet
@@ -330,14 +331,14 @@ def measure_model(
         switch(model, side)
 
     @torch.inference_mode()
+    def read(side: str) -> Tensor:
+        choose(side)
+        return read_prompt(model, ids[:, :-1], cache=cache, side=side)
+
+    @torch.inference_mode()
     def prefill(side: str) -> Tensor:
         choose(side)
-        cache.truncate(0, 0)
-        row = cache.row(0)
-        hidden = model(model.embed_tokens(ids[:, :-1]), cache=row)
-        row.advance(args.tokens)
-        model.lm_head(hidden[:, -1])
-        return hidden
+        return prefill_prompt(model, ids[:, :-1], cache=cache, side=side)
 
     @torch.inference_mode()
     def decode(side: str) -> Tensor:
@@ -352,9 +353,10 @@ def measure_model(
         logits = model.lm_head(model(model.embed_tokens(ids[:, :-1])))
         F.cross_entropy(logits.flatten(0, 1), ids[0, 1:]).backward()
 
-    pairs = {"prefill": (prefill("seekvl"), prefill(PEER)), "decode": (decode("seekvl"), decode(PEER))}
+    tasks: dict[str, Callable[[str], Tensor]] = {"hidden states": read, "prefill": prefill, "decode": decode}
+    pairs = {name: (run("seekvl"), run(PEER)) for name, run in tasks.items()}
     notes = [agree(pairs, what=f"{config.layers} layers", tolerance=TOLERANCE[dtype][1])]
-    tasks: dict[str, Callable[[str], object]] = {"model_prefill": prefill, "model_decode": decode}
+    timed: dict[str, Callable[[str], object]] = {"model_prefill": prefill, "model_decode": decode}
     weights = sum(p.nbytes for p in model.parameters())
     free, spare = free_bytes(torch.device("cpu")), SPARE * args.tokens
     if free < weights + spare:
@@ -363,8 +365,42 @@ def measure_model(
             f"{spare / 2**30:.1f} GiB more do not fit into {free / 2**30:.1f} GiB; lower --layers"
         )
     else:
-        tasks["model_train"] = train
-    return time_tasks(tasks, steps={"model_decode": BATCH}, args=args), notes
+        timed["model_train"] = train
+    return time_tasks(timed, steps={"model_decode": BATCH}, args=args), notes
+
+
+def read_prompt(model: DeepseekV2, ids: Tensor, *, cache: KVCache, side: str) -> Tensor:
+    """Return the hidden states f32[t, d] of a prompt i64[1, t], which the cache holds then and nothing else.
+
+    Ours takes the way of the engine: one call into the kernels where there are some.
+    """
+    cache.truncate(0, 0)
+    embeds, row = model.embed_tokens(ids), cache.row(0)
+    if side == "seekvl":
+        keys, values = cache.buffers
+        hidden = prompts.prompt_hidden(model, embeds[0], slot=0, start=0, keys=keys, values=values)
+        if hidden is not None:
+            row.advance(ids.shape[1])
+            return hidden
+    hidden = model(embeds, cache=row)[0]
+    row.advance(ids.shape[1])
+    return hidden.float()
+
+
+def prefill_prompt(model: DeepseekV2, ids: Tensor, *, cache: KVCache, side: str) -> Tensor:
+    """Return the logits f32[v] after a prompt i64[1, t], which the cache holds then and nothing else.
+
+    The engine asks for no more, so ours computes the last layer's outputs for the last token only.
+    """
+    if side == "seekvl":
+        cache.truncate(0, 0)
+        (keys, values), embeds = cache.buffers, model.embed_tokens(ids)
+        logits = prompts.prompt_logits(model, embeds[0], slot=0, start=0, keys=keys, values=values)
+        if logits is not None:
+            cache.row(0).advance(ids.shape[1])
+            return logits
+    hidden = read_prompt(model, ids, cache=cache, side=side)
+    return model.lm_head(hidden[-1].to(model.lm_head.weight.dtype)).float()
 
 
 def decode_token(model: DeepseekV2, token: int, *, cache: KVCache, side: str) -> Tensor:

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from seekvl.engine.cache import token_bytes
+from seekvl.engine.kernels.prompts import prompts_served
 from seekvl.engine.scheduler import Limits
 from seekvl.models.deepseek_v2 import DeepseekV2Config
 from seekvl.models.llama import LlamaConfig
 from seekvl.models.siglip import SiglipConfig
+from seekvl.models.vl import VL
 from seekvl.models.vl2 import VL2, AnyVL
 
 SHARE = 0.5
@@ -25,8 +27,10 @@ CACHE_SHARE = 0.4
 FEATURE_SHARE = 0.02
 """Part of the free memory that features of pictures may take; one of DeepSeek-VL 1.3B takes 2.4 MB."""
 
-MOST_TOKENS = 512
-"""A piece of a prompt is never longer: running answers wait for it, and 512 rows keep any product busy."""
+MOST_TOKENS = 640
+"""A piece of a prompt is never longer: running answers wait for it, and so many rows keep any product busy.
+The 576 tokens of a DeepSeek-VL picture go in one with a question.
+"""
 
 ROWS = {"cpu": 8, "cuda": 64}
 """Answers that grow at once. Eight is what the CPU's kernels take in a step."""
@@ -94,7 +98,9 @@ def choose_limits(
     free, limit = free_bytes(weight.device), config.max_positions
     if cache_bytes is None:
         cache_bytes = int(free * CACHE_SHARE)
-    if chunk is None:
+    if chunk is None and type(model) in (VL, VL2) and prompts_served(model.language):
+        chunk = MOST_TOKENS  # the kernels never write scores out
+    elif chunk is None:
         fits = prefill_tokens(config, total=limit, itemsize=weight.element_size(), free=free)
         chunk = min(MOST_TOKENS, _power_of_two(fits))
     if exact is None:

@@ -153,13 +153,13 @@ class KVCache:
     def _append(self, layer: int, k: Tensor, v: Tensor, *, row: int) -> tuple[Tensor, Tensor]:
         """Store f[1, k, t, e] in one slot; return f[1, k, s, e] of all it holds."""
         start, end = self.lengths[row], self.lengths[row] + k.shape[2]
-        self._check_room(end)
+        self.check_room(end)
         keys, values = self._keys[layer][row : row + 1], self._values[layer][row : row + 1]  # 1 k capacity e
         keys[:, :, start:end] = k
         values[:, :, start:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
-    def _check_room(self, end: int) -> None:
+    def check_room(self, end: int) -> None:
         """Refuse to write past the buffers, which slices would do without a word."""
         if end > self.capacity:
             raise SeekVLError(
@@ -220,7 +220,7 @@ class SlotCache:
         if k.shape[2] != 1:
             raise SeekVLError(f"{k.shape[2]} tokens a slot for a view that takes 1; use row() for a prompt")
         end = max(self._lengths) + 1
-        self._cache._check_room(end)
+        self._cache.check_room(end)
         keys, values = (side[layer] for side in self._cache.buffers)
         keys[self._index, :, self._columns] = k[:, :, 0]
         values[self._index, :, self._columns] = v[:, :, 0]

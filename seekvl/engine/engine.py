@@ -229,7 +229,7 @@ class Engine:
     def _enqueue(self, row: Row, *, client: str = "", deadline: float | None = None) -> Handle:
         """Let a row wait for its slot."""
         job = Job(
-            prompt=read_prompt(row.request.inputs, chunk=self.limits.chunk),
+            prompt=read_prompt(row.request.inputs, chunk=self.limits.chunk, seamless=self._runner.seamless()),
             room=row.room,
             client=client,
             deadline=None if deadline is None else time.monotonic() + deadline,
@@ -503,8 +503,8 @@ class Engine:
             self._runner.reset()
 
 
-def read_prompt(inputs: ModelInput, *, chunk: int) -> Prompt:
+def read_prompt(inputs: ModelInput, *, chunk: int, seamless: bool) -> Prompt:
     """Return a prompt as the scheduler knows it."""
     places = zip(picture_places(inputs), picture_digests(inputs), strict=True)
     shown = [Shown(start, end, digest) for (start, end), digest in places]
-    return make_prompt(inputs.input_ids.tolist(), shown, chunk=chunk)
+    return make_prompt(inputs.input_ids.tolist(), shown, chunk=chunk, seamless=seamless)

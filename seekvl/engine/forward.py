@@ -1,10 +1,14 @@
 """The network, fed through the cache: a prompt in pieces, then one token for some slots a step.
 
+Both go through the kernels where they serve the network, a piece or a step in one call (`kernels.prompts`,
+`kernels.decoder`), and through torch elsewhere.
+
 Letters: n rows of a step, t tokens of a prompt, s slots of a picture or of several, v vocabulary, d language
 width.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from seekvl.engine.budget import free_bytes, prefill_tokens, tiles_at_once
 from seekvl.engine.cache import KVCache
 from seekvl.engine.kernels.decoder import decode, serves
 from seekvl.engine.kernels.products import MAX_ROWS
+from seekvl.engine.kernels.prompts import append_prompt, prompt_hidden, prompt_logits, prompts_served
 from seekvl.engine.pictures import encode_picture
 from seekvl.models.vl import VL
 from seekvl.models.vl2 import VL2, AnyVL
@@ -28,11 +33,10 @@ def prefill(
     Only the last position goes through the head. chunk: most tokens at once; None takes what free memory
     allows.
     """
-    embeds = embed_prompt(model, inputs)  # 1 t d
-    hidden = embeds
-    for part in prefill_hidden(model, embeds, cache=cache, row=row, chunk=chunk):
-        hidden = part
-    return model.head(hidden[0, -1]).float()
+    *before, last = _pieces(model, embed_prompt(model, inputs), cache=cache, row=row, chunk=chunk)
+    for part in before:
+        append(model, part, cache=cache, slot=row)
+    return follow(model, last, cache=cache, slot=row)
 
 
 def prefill_hidden(
@@ -42,22 +46,78 @@ def prefill_hidden(
 
     The cache stays where it is; a piece sees what stands before it there.
     """
+    for part in _pieces(model, embeds, cache=cache, row=row, chunk=chunk):
+        yield feed(model, part, cache=cache, slot=row)
+
+
+def _pieces(
+    model: AnyVL, embeds: Tensor, *, cache: KVCache, row: int, chunk: int | None
+) -> tuple[Tensor, ...]:
+    """Make room for embeddings f[1, t, d] in a slot; return them in pieces, see `prefill`."""
     total = cache.lengths[row] + embeds.shape[1]
     cache.reserve(total)
-    if chunk is None:
+    if chunk is None and exact_cuts(model):
+        chunk = embeds.shape[1]  # the kernels cut by themselves
+    elif chunk is None:
         chunk = prefill_tokens(
             model.config.language,
             total=total,
             itemsize=embeds.element_size(),
             free=free_bytes(embeds.device),
         )
-    for part in torch.split(embeds, chunk, dim=1):
-        yield feed(model, part, cache=cache, slot=row)
+    return torch.split(embeds, chunk, dim=1)
+
+
+@torch.inference_mode()
+def append(model: AnyVL, embeds: Tensor, *, cache: KVCache, slot: int) -> None:
+    """Append embeddings f[1, t, d] to what a slot holds."""
+    if _plain(model) and append_prompt(model.language, embeds[0], **_place(cache, slot, embeds)):
+        cache.row(slot).advance(embeds.shape[1])
+        return
+    _feed_torch(model, embeds, cache=cache, slot=slot)
+
+
+@torch.inference_mode()
+def follow(model: AnyVL, embeds: Tensor, *, cache: KVCache, slot: int) -> Tensor:
+    """Append embeddings f[1, t, d] to what a slot holds; return the logits f32[v] of the token after them."""
+    if _plain(model):
+        logits = prompt_logits(model.language, embeds[0], **_place(cache, slot, embeds))
+        if logits is not None:
+            cache.row(slot).advance(embeds.shape[1])
+            return logits
+    return model.head(_feed_torch(model, embeds, cache=cache, slot=slot)[0, -1]).float()
 
 
 @torch.inference_mode()
 def feed(model: AnyVL, embeds: Tensor, *, cache: KVCache, slot: int) -> Tensor:
     """Append embeddings f[1, t, d] to what a slot holds; return their hidden states f[1, t, d]."""
+    if _plain(model):
+        hidden = prompt_hidden(model.language, embeds[0], **_place(cache, slot, embeds))
+        if hidden is not None:
+            cache.row(slot).advance(embeds.shape[1])
+            return hidden.to(embeds.dtype).unsqueeze(0)
+    return _feed_torch(model, embeds, cache=cache, slot=slot)
+
+
+class _Place(TypedDict):
+    """Where a piece of a prompt goes, as `kernels.prompts` is told."""
+
+    slot: int
+    start: int
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+def _place(cache: KVCache, slot: int, embeds: Tensor) -> _Place:
+    """Return where embeddings f[1, t, d] go that are appended to a slot, if there is room for them."""
+    start = cache.lengths[slot]
+    cache.check_room(start + embeds.shape[1])
+    keys, values = cache.buffers
+    return {"slot": slot, "start": start, "keys": keys, "values": values}
+
+
+def _feed_torch(model: AnyVL, embeds: Tensor, *, cache: KVCache, slot: int) -> Tensor:
+    """Do as `feed` without the kernels' one call."""
     view, tokens = cache.row(slot), embeds.shape[1]
     hidden = model.hidden(embeds, positions=view.positions(tokens), mask=view.mask(tokens), cache=view)
     view.advance(tokens)
@@ -73,6 +133,15 @@ def exact_rows(model: AnyVL, cache: KVCache) -> int:
     """
     keys, values = cache.buffers
     return MAX_ROWS if _plain(model) and serves(model.language, keys=keys, values=values) else 1
+
+
+def exact_cuts(model: AnyVL) -> bool:
+    """Whether a token of a prompt gets the same numbers wherever the prompt is cut into pieces.
+
+    The kernels promise that, see `kernels.prompts`; torch's sums depend on how many tokens go through at
+    once.
+    """
+    return _plain(model) and prompts_served(model.language)
 
 
 def _plain(model: AnyVL) -> bool:

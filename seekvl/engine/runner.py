@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seekvl.engine.budget import FEATURE_SHARE, free_bytes, tiles_at_once
 from seekvl.engine.cache import KVCache
-from seekvl.engine.forward import embed_piece, exact_rows, feed, step
+from seekvl.engine.forward import append, embed_piece, exact_cuts, exact_rows, follow, step
 from seekvl.engine.pictures import Features, encode_picture
 from seekvl.engine.prompt import Shown
 from seekvl.engine.scheduler import Plan
@@ -34,7 +34,7 @@ class Runner:
         self.cache = _new_cache(model)
         self.features = Features(int(FEATURE_SHARE * free_bytes(self.cache.device)))
         self._tiles = tiles_at_once(model)
-        self._mark = weights_mark(model)
+        self._mark = self._look()
 
     def spare(self, rows: int) -> int:
         """Return how many guessed tokens a step may take beside one token for each of so many rows."""
@@ -42,13 +42,23 @@ class Runner:
             return max(0, exact_rows(self.model, self.cache) - rows)
         return GUESSED if rows == 1 else 0
 
+    def seamless(self) -> bool:
+        """Whether a prompt may be cut anywhere, see `Prompt.seamless`."""
+        return exact_cuts(self.model)
+
     def refresh(self) -> bool:
-        """Forget features when the weights are others than before; return whether they are."""
-        mark = weights_mark(self.model)
+        """Forget features when the weights are others than before, or prompts computed in another way; return
+        whether they are.
+        """
+        mark = self._look()
         changed, self._mark = mark != self._mark, mark
         if changed:
             self.features.clear()
         return changed
+
+    def _look(self) -> tuple[int, bool]:
+        """Return what everything kept depends on: the weights, and who computes prompts."""
+        return weights_mark(self.model), self.seamless()
 
     def reset(self) -> None:
         """Begin with an empty cache, where and of what dtype the weights are now."""
@@ -93,11 +103,11 @@ class Runner:
         ]
         rows = torch.cat(parts) if parts else None
         embeds = embed_piece(self.model, inputs, start=start, end=end, features=rows)  # 1 t d
-        hidden = feed(self.model, embeds, cache=self.cache, slot=slot)  # 1 t d
         if end < len(inputs.input_ids):
-            _wait(hidden)
+            append(self.model, embeds, cache=self.cache, slot=slot)
+            _wait(embeds)
             return None
-        logits = self.model.head(hidden[0, -1]).float()
+        logits = follow(self.model, embeds, cache=self.cache, slot=slot)
         _wait(logits)
         return logits
 

@@ -22,8 +22,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from seekvl.engine.cache import BLOCK, grown
-from seekvl.engine.prompt import Prompt, common_cut, common_tokens
+from seekvl.engine.prompt import Prompt, common_beginning, common_cut, common_tokens
 from seekvl.runtime import SeekVLError
+
+WORTH_WAITING = 64
+"""Tokens of a beginning that are worth waiting for; fewer are computed again in the time of a step."""
 
 
 class QueueFull(SeekVLError):  # noqa: N818 - what a server tells its client, not a fault
@@ -46,7 +49,8 @@ class Limits:
     """Most requests that wait; None: any number."""
     exact: bool = True
     """Whether every answer has, bit for bit, what it would have alone: a prefix is only taken over up to a
-    cut, and rows share a step only where they do not touch each other.
+    cut, or of a seamless prompt as far as the prompt itself goes, and rows share a step only where they do
+    not touch each other.
     """
     guess: int = 0
     """Most tokens that are guessed ahead in a step of an answer."""
@@ -326,11 +330,12 @@ class Scheduler:
     def _follows(self, job: Job) -> bool:
         """Whether a prompt that is being computed will soon hold more of this one than the cache does."""
         coming = [
-            _last_cut(other.prompt, most=min(common_cut(other.prompt, job.prompt), len(job.prompt) - 1))
+            _reusable(other.prompt, job.prompt, most=len(other.prompt))
             for other in self.running
             if not other.answering and self._slot_of(other).prompt is not None
         ]
-        return max(coming, default=0) > self._best(job.prompt, among=self.rows)[1]
+        least = WORTH_WAITING if job.prompt.seamless else 1
+        return max(coming, default=0) >= self._best(job.prompt, among=self.rows)[1] + least
 
     def _best(self, prompt: Prompt, *, among: int) -> tuple[int, int]:
         """Return which of the first slots shares most of a prompt, and how many tokens that is."""
@@ -348,8 +353,7 @@ class Scheduler:
         if not self.limits.exact:
             pictures = [shown for shown in slot.prompt.pictures if shown.end <= slot.filled]
             return common_tokens(slot.ids, pictures, prompt)
-        shared = common_cut(slot.prompt, prompt)
-        return _last_cut(slot.prompt, most=min(shared, slot.filled, len(prompt) - 1))
+        return _reusable(slot.prompt, prompt, most=slot.filled)
 
     def _target(self, source: int, shared: int, *, allowed: int) -> int:
         """Choose the slot of a new job: its source where most of that is shared, one that is empty or not yet
@@ -404,6 +408,16 @@ class Scheduler:
         if tokens > self.capacity:
             most = min(-(-longest // BLOCK) * BLOCK, self.limits.longest)
             self.capacity = min(grown(tokens, capacity=self.capacity, limit=self.limits.longest), most)
+
+
+def _reusable(held: Prompt, wanted: Prompt, *, most: int) -> int:
+    """Return how many tokens of a prompt are, bit for bit, those of another of which so many are computed."""
+    most = min(most, len(wanted) - 1)
+    if held.seamless != wanted.seamless:
+        return 0
+    if wanted.seamless:
+        return min(common_beginning(held, wanted), most)
+    return _last_cut(held, most=min(common_cut(held, wanted), most))
 
 
 def _last_cut(prompt: Prompt, *, most: int) -> int:

@@ -16,6 +16,7 @@ from seekvl.engine.budget import (
     tower_tiles,
 )
 from seekvl.engine.cache import token_bytes
+from seekvl.engine.kernels.accelerate import MOST_ROWS, accelerate
 from seekvl.models.vl2 import VL2Config
 from seekvl.presets import CHECKPOINTS
 
@@ -97,15 +98,26 @@ def test_limits_follow_from_the_model_and_the_memory(
     assert given.tokens == 10**6 // token_bytes(config, itemsize=4)
     assert tiles_at_once(vlm.model) is None
     monkeypatch.setattr(budget, "free_bytes", lambda _: 0)
-    assert (choose_limits(vlm.model).chunk, tiles_at_once(tiled.model)) == (LEAST_TOKENS, 1)
+    level = accelerate(vlm.model.language)
+    served = MOST_TOKENS if level in MOST_ROWS else LEAST_TOKENS  # whose kernels write no scores out
+    assert (choose_limits(vlm.model).chunk, tiles_at_once(tiled.model)) == (served, 1)
+    accelerate(vlm.model.language, level="off")
+    try:
+        assert choose_limits(vlm.model).chunk == LEAST_TOKENS
+    finally:
+        accelerate(vlm.model.language)
 
 
 def test_a_little_more_memory_changes_no_piece(
     vlm: seekvl.VLM, tiled: seekvl.VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = set()
-    for free in range(1, 64):
-        monkeypatch.setattr(budget, "free_bytes", lambda _, free=free: free * GB // 8)
-        found.add((choose_limits(vlm.model).chunk, tiles_at_once(tiled.model)))
+    accelerate(vlm.model.language, level="off")
+    try:
+        for free in range(1, 64):
+            monkeypatch.setattr(budget, "free_bytes", lambda _, free=free: free * GB // 8)
+            found.add((choose_limits(vlm.model).chunk, tiles_at_once(tiled.model)))
+    finally:
+        accelerate(vlm.model.language)
     assert len(found) <= 12
-    assert {chunk for chunk, _ in found} <= {64, 128, 256, MOST_TOKENS}
+    assert {chunk for chunk, _ in found} <= {64, 128, 256, 512, MOST_TOKENS}

@@ -6,8 +6,10 @@ import torch
 
 import seekvl
 from seekvl.engine.cache import KVCache
-from seekvl.engine.forward import prefill, step
+from seekvl.engine.forward import append, embed_prompt, exact_cuts, feed, follow, prefill, step
+from seekvl.engine.kernels.accelerate import MOST_ROWS, accelerate
 from seekvl.processing.encode import ModelInput
+from seekvl.runtime import SeekVLError
 
 
 def new_cache(vlm: seekvl.VLM, *, rows: int = 1) -> KVCache:
@@ -56,3 +58,43 @@ def test_a_prompt_near_the_longest_sequence(dtype: str) -> None:
     again = prefill(vlm.model, longer, cache=new_cache(vlm), row=0)
     for logits in stepped:
         assert (logits - again).abs().max() < (1e-4 if exact else 0.3)
+
+
+def test_where_a_prompt_is_cut_changes_no_bit_where_that_is_promised(
+    tiled: seekvl.VLM, prompts: list[ModelInput]
+) -> None:
+    model = tiled.model
+    inputs = tiled.processor("Which of the two images is brighter? " * 6)
+    level = accelerate(model.language)
+    try:
+        assert exact_cuts(model) == (level in MOST_ROWS)
+        caches = [new_cache(tiled) for _ in range(3)]
+        whole = prefill(model, inputs, cache=caches[0], row=0)
+        parts = prefill(model, inputs, cache=caches[1], row=0, chunk=7)
+        embeds = embed_prompt(model, inputs)
+        caches[2].reserve(embeds.shape[1])
+        append(model, embeds[:, :-5], cache=caches[2], slot=0)
+        fed = feed(model, embeds[:, -5:-1], cache=caches[2], slot=0)
+        last = follow(model, embeds[:, -1:], cache=caches[2], slot=0)
+        assert fed.shape == (1, 4, embeds.shape[2])
+        assert [cache.lengths for cache in caches] == [[embeds.shape[1]]] * 3
+        for logits in (parts, last):
+            assert (
+                torch.equal(logits, whole) if exact_cuts(model) else torch.allclose(logits, whole, atol=2e-5)
+            )
+        accelerate(model.language, level="off")
+        assert not exact_cuts(model)
+        assert torch.allclose(prefill(model, inputs, cache=new_cache(tiled), row=0), whole, atol=2e-5, rtol=0)
+    finally:
+        accelerate(model.language)
+
+
+def test_a_prompt_needs_room_in_the_cache(vlm: seekvl.VLM, prompts: list[ModelInput]) -> None:
+    cache, embeds = new_cache(vlm), embed_prompt(vlm.model, prompts[0])
+    cache.reserve(10)
+    capacity = cache.capacity
+    longer = embeds[:, :1].expand(1, capacity + 1, -1)
+    for into in (append, feed, follow):
+        with pytest.raises(SeekVLError, match=f"room for {capacity} tokens a row, {capacity + 1} are needed"):
+            into(vlm.model, longer, cache=cache, slot=0)
+    assert cache.lengths == [0]

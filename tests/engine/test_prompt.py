@@ -1,8 +1,9 @@
 import random
+from collections.abc import Iterable
 
 import pytest
 
-from seekvl.engine.prompt import Prompt, Shown, common_cut, common_tokens, make_prompt
+from seekvl.engine.prompt import Prompt, Shown, common_beginning, common_cut, common_tokens, make_prompt
 
 RED, BLUE = Shown(3, 9, b"red"), Shown(3, 9, b"blue")
 
@@ -67,3 +68,24 @@ def test_tokens_are_common_up_to_a_picture_that_differs() -> None:
     two = make_prompt(held, [RED, Shown(10, 15, b"green")], chunk=4)
     assert common_tokens(held, [RED, Shown(10, 15, b"grey")], two) == 10
     assert common_tokens([], [], two) == 0
+
+
+def test_a_seamless_prompt_is_cut_every_so_many_tokens_only() -> None:
+    whole = make_prompt(range(14), [RED], chunk=4, seamless=True)
+    assert whole.cuts == (4, 8, 12)
+    assert whole.seamless
+    assert not make_prompt(range(14), [RED], chunk=4).seamless
+
+
+def test_the_common_beginning_of_two_prompts() -> None:
+    def seamless(ids: Iterable[int], *pictures: Shown) -> Prompt:
+        return make_prompt(list(ids), pictures, chunk=4, seamless=True)
+
+    red, blue = seamless(range(14), RED), seamless(range(14), BLUE)
+    assert common_beginning(red, red) == 14
+    assert common_beginning(red, blue) == common_beginning(blue, red) == 3
+    assert common_beginning(red, seamless([*range(11), 99], RED)) == 11
+    assert common_beginning(red, seamless(range(14))) == common_beginning(seamless(range(14)), red) == 3
+    assert common_beginning(red, seamless(range(20), RED, Shown(15, 18, b"more"))) == 14
+    assert common_beginning(red, seamless(range(2))) == 2
+    assert common_beginning(red, seamless([7])) == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from seekvl.engine.cache import BLOCK
 from seekvl.engine.prompt import Shown, make_prompt
-from seekvl.engine.scheduler import Encode, Fill, Job, Limits, Plan, QueueFull, Scheduler
+from seekvl.engine.scheduler import WORTH_WAITING, Encode, Fill, Job, Limits, Plan, QueueFull, Scheduler
 from seekvl.runtime import SeekVLError
 
 LIMITS = Limits(rows=3, tokens=3 * 2 * BLOCK, longest=4 * BLOCK, chunk=8)
@@ -24,8 +24,10 @@ def job(
     client: str = "",
     deadline: float | None = None,
     chunk: int = 8,
+    seamless: bool = False,
 ) -> Job:
-    return Job(prompt=make_prompt(ids, pictures, chunk=chunk), room=room, client=client, deadline=deadline)
+    prompt = make_prompt(ids, pictures, chunk=chunk, seamless=seamless)
+    return Job(prompt=prompt, room=room, client=client, deadline=deadline)
 
 
 def carry_out(scheduler: Scheduler, plan: Plan, *, said: dict[Job, int]) -> None:
@@ -193,6 +195,40 @@ def test_a_finished_prompt_is_taken_over_up_to_its_last_cut() -> None:
     assert (scheduler.queries, scheduler.hits) == (3, 1)
 
 
+def test_a_seamless_prompt_is_taken_over_up_to_any_of_its_tokens() -> None:
+    scheduler = Scheduler(LIMITS)
+    picture = [Shown(2, 11, b"a")]
+    answer(scheduler, job(range(16), pictures=picture, room=3, seamless=True))
+    found = {
+        "the same": job(range(16), pictures=picture, room=3, seamless=True),
+        "what was answered": job([*range(16), 1, 1, 7], pictures=picture, seamless=True),
+        "another tail": job([*range(13), 90, 91], pictures=picture, seamless=True),
+        "another picture": job(range(16), pictures=[Shown(2, 11, b"b")], seamless=True),
+        "cut at pictures": job(range(16), pictures=picture),
+    }
+    cached = {name: answer(scheduler, one).cached for name, one in found.items()}
+    assert cached == {
+        "the same": 15,  # never the last one, whose logits are wanted
+        "what was answered": 16,  # a token that was decoded has other bits
+        "another tail": 13,
+        "another picture": 2,
+        "cut at pictures": 0,
+    }
+
+
+def test_a_short_beginning_is_not_waited_for() -> None:
+    for shared, waits in ((WORTH_WAITING - 1, False), (WORTH_WAITING, True)):
+        scheduler = Scheduler(replace(LIMITS, chunk=200))
+        jobs = [job([*range(shared), tail, *[99] * 9], chunk=200, seamless=True) for tail in (50, 60)]
+        for one in jobs:
+            scheduler.add(one)
+        scheduler.plan()
+        scheduler.plan()
+        assert (jobs[1].slot is None) == waits
+        run(scheduler)
+        assert jobs[1].cached == (shared if waits else 0)
+
+
 def test_where_bits_may_differ_every_token_is_taken_over() -> None:
     scheduler = Scheduler(replace(LIMITS, exact=False))
     answer(scheduler, job(range(16), room=3))
@@ -275,7 +311,8 @@ def test_whatever_comes_the_promises_hold(data: st.DataObject) -> None:
         size = data.draw(st.sampled_from([1, 5, 40, BLOCK, 3 * BLOCK]))
         ids = [*beginning, *range(10, 10 + size), 1000 + next(numbers)]
         room = data.draw(st.integers(1, 9))
-        one = job(ids, room=room, client=data.draw(st.sampled_from("abc")), chunk=limits.chunk)
+        client, seamless = data.draw(st.sampled_from("abc")), data.draw(st.booleans())
+        one = job(ids, room=room, client=client, chunk=limits.chunk, seamless=seamless)
         scheduler.add(one)
         jobs.append(one)
 
@@ -315,7 +352,8 @@ def step(scheduler: Scheduler, said: dict[Job, int], held: dict[int, list[int]])
         shared = held.get(placed.source, [])[: placed.shared]
         assert shared == list(placed.job.prompt.ids[: placed.shared])  # it is really there
         assert placed.shared < len(placed.job.prompt)
-        assert not limits.exact or placed.shared in (0, *placed.job.prompt.cuts)
+        prompt = placed.job.prompt
+        assert not limits.exact or prompt.seamless or placed.shared in (0, *prompt.cuts)
         held[placed.slot] = shared
     if isinstance(plan.work, Fill):
         work = plan.work

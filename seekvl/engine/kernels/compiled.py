@@ -143,6 +143,14 @@ class Step(Protocol):
         ...
 
 
+class Prompt(Protocol):
+    """`seekvl_prompt` of kernels.cpp; the addresses are those of structures of structures.py."""
+
+    def __call__(self, level: int, threads: int, network: int, cache: int, prompt: int, /) -> int:
+        """Append to the cache and write what is asked for; return 0, or 1 where memory is short."""
+        ...
+
+
 class PackedExperts(Protocol):
     """`seekvl_packed_experts` of packed.cpp: `Experts` with quantised matrices and any number of tokens."""
 
@@ -185,6 +193,7 @@ class Library:
     experts_backward: ExpertsBackward
     """Returns 0, or 1 where memory is short."""
     step: Step
+    prompt: Prompt
     packed_linear: Linear[None]
     """With a quantised matrix and any number of rows; its kind stands in the place of the weight's dtype."""
     packed_experts: PackedExperts
@@ -222,6 +231,7 @@ def library() -> Library:
     native.seekvl_experts_kept.argtypes = [*[i32] * 3, *[address] * 8, *[i64] * 4]
     native.seekvl_experts_backward.argtypes = [*[i32] * 3, *[address] * 13, *[i64] * 5]
     native.seekvl_step.argtypes = [*[i32] * 2, *[address] * 4]
+    native.seekvl_prompt.argtypes = [*[i32] * 2, *[address] * 3]
     native.seekvl_read.argtypes = [i32, address, i64]
     native.seekvl_read.restype = c_uint64
     native.seekvl_packed_linear.argtypes = [*[i32] * 4, *[address] * 4, *[i64] * 3]
@@ -241,6 +251,7 @@ def library() -> Library:
         experts_kept=native.seekvl_experts_kept,
         experts_backward=native.seekvl_experts_backward,
         step=native.seekvl_step,
+        prompt=native.seekvl_prompt,
         packed_linear=native.seekvl_packed_linear,
         packed_experts=native.seekvl_packed_experts,
         vnni=bool(native.seekvl_vnni()),

@@ -58,8 +58,8 @@ def decode(
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
-    found = _description(network)
-    if found is None or not _served(found, keys, values):
+    found = description_of(network)
+    if found is None or not cache_served(found, keys, values):
         return None
     _check(found, tokens, slots=slots, positions=positions, buffer=keys[0])
     logits = torch.empty(len(tokens), found.network.head.rows, dtype=torch.float32, device="cpu")
@@ -76,8 +76,8 @@ def serves(network: Llama | DeepseekV2, *, keys: Sequence[Tensor], values: Seque
 
     Raises SeekVLError for buffers of another network.
     """
-    found = _description(network)
-    return found is not None and _served(found, keys, values)
+    found = description_of(network)
+    return found is not None and cache_served(found, keys, values)
 
 
 def _step(
@@ -102,7 +102,7 @@ def _step(
     )
 
 
-def _description(network: Llama | DeepseekV2) -> Description | None:
+def description_of(network: Llama | DeepseekV2) -> Description | None:
     """Return the description of a network, made once and again when the network has changed."""
     known = _KNOWN.get(network)
     if known is not None and known.stands():
@@ -115,7 +115,7 @@ def _description(network: Llama | DeepseekV2) -> Description | None:
     return made
 
 
-def _served(found: Description, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+def cache_served(found: Description, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
     """Whether the buffers are plain memory of one kind.
 
     Raises SeekVLError where they are another network's.

@@ -11,6 +11,7 @@ from seekvl.engine.kernels.compiled import SWITCH, choose_level, library, missin
 from seekvl.engine.kernels.decoder import decode
 from seekvl.engine.kernels.packed import packed_linear
 from seekvl.engine.kernels.products import MAX_ROWS, linear
+from seekvl.engine.kernels.prompts import prompt_logits, prompts_served
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.mla import MlaConfig
 from seekvl.models.moe import MoeConfig
@@ -21,7 +22,12 @@ WIDTH = 515
 """No multiple of any vector."""
 
 STEP_LIMIT = 1e-5
-"""Largest difference of logits of size 1; float32 in two orders of summation leaves a tenth of it."""
+"""Largest difference of logits of size 1, of a step and of a prompt; float32 in two orders of summation
+leaves a tenth of it.
+"""
+
+PROMPT = 150
+"""Tokens of a prompt: several blocks of lanes, and two of columns."""
 
 LATENT = DeepseekV2Config(
     vocab_size=301,
@@ -41,8 +47,8 @@ TOKENS = (0, 1, 130, 257)
 
 
 def compare_with_torch() -> str:
-    """Multiply and decode with the kernels and with torch, plain and quantised matrices; say on which level
-    and how far they are apart.
+    """Multiply, decode and read a prompt with the kernels and with torch, multiply plain and quantised
+    matrices; say on which level and how far they are apart.
 
     Raises SeekVLError where they differ by more than the order of summation explains, and for a level named
     by `SWITCH` that cannot be had.
@@ -63,10 +69,15 @@ def compare_with_torch() -> str:
     configs = (LATENT, replace(LATENT, mla=None))
     step = max(step_difference(config, level=level) for config in configs)
     _check("a decoding step", step, limit=STEP_LIMIT, level=level)
+    prompts = [prompt_difference(config, level=level) for config in configs]
+    prompt = max((found for found in prompts if found is not None), default=None)
+    if prompt is not None:
+        _check("a prompt", prompt, limit=STEP_LIMIT, level=level)
     vnni = ", quantised by VNNI" if library().vnni and level.startswith("avx512") else ""
     return (
         f"{level} of {', '.join(library().levels)}{vnni}; largest difference from torch "
         f"{product:.1e} in a product, {step:.1e} in a step"
+        + ("; torch reads prompts" if prompt is None else f", {prompt:.1e} in a prompt")
     )
 
 
@@ -101,6 +112,26 @@ def step_difference(config: DeepseekV2Config, *, level: str) -> float:
     at = held[1].at(range(n))
     hidden = network(embeds, positions=at.positions(), mask=at.mask(), cache=at)
     wanted: Tensor = network.lm_head(hidden[:, 0])
+    return float((found - wanted).abs().max())
+
+
+@torch.inference_mode()
+def prompt_difference(config: DeepseekV2Config, *, level: str) -> float | None:
+    """Return the largest difference of the logits after a prompt, of a network with random weights; None
+    where torch is faster and reads prompts.
+    """
+    network = _random(DeepseekV2(config))
+    embeds = torch.randn(PROMPT, config.width, generator=torch_generator(0, "a prompt"))
+    held = KVCache(config, rows=1, device=torch.device("cpu"), dtype=torch.float32)
+    held.reserve(PROMPT)
+    keys, values = held.buffers
+    accelerate(network, level=level)
+    if not prompts_served(network):
+        return None
+    found = prompt_logits(network, embeds, slot=0, start=0, keys=keys, values=values)
+    accelerate(network, level="off")
+    assert found is not None, "a network of our own classes on the CPU"
+    wanted: Tensor = network.lm_head(network(embeds[None])[0, -1])
     return float((found - wanted).abs().max())
 
 

@@ -1,4 +1,5 @@
-"""The structures of src/step.h, field by field: how the compiled step is told of a network and of its work.
+"""The structures of src/step.h and src/prompt.h, field by field: how the library is told of a network and of
+its work.
 
 Addresses are plain numbers; whoever fills a structure keeps alive what they lead to.
 """
@@ -77,6 +78,18 @@ class Tokens(ctypes.Structure):
     _fields_ = (("n", c_int64), ("ids", c_void_p), ("slots", c_void_p), ("positions", c_void_p))
 
 
+class Prompt(ctypes.Structure):
+    """A piece of a prompt: n embeddings of one row, and where results go, which may be nowhere."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("n", "slot", "start")),
+        ("embeds", c_void_p),
+        ("kind", c_int64),
+        ("hidden", c_void_p),
+        ("logits", c_void_p),
+    )
+
+
 def total_bytes() -> int:
-    """Return what `seekvl_structures` of a library must say that was compiled from the same step.h."""
-    return sum(ctypes.sizeof(kind) for kind in (Network, Layer, Cache, Tokens))
+    """Return what `seekvl_structures` of a library must say that was compiled from the same headers."""
+    return sum(ctypes.sizeof(kind) for kind in (Network, Layer, Cache, Tokens, Prompt))

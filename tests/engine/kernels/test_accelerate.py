@@ -110,7 +110,8 @@ class Calls:
 
 def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch walk through the layers, as where one call cannot serve a network."""
-    monkeypatch.setattr(steps, "decode", lambda *_, **__: None)
+    for name in ("decode", "append_prompt", "prompt_hidden", "prompt_logits"):
+        monkeypatch.setattr(steps, name, lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("way", ["whole", "layers"])
@@ -118,8 +119,8 @@ def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_greedy_answers_are_the_golden_ones(
     folder: str, way: str, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every decoding step in one call, or every product of it however small through the kernels; alone and in
-    a batch of up to eight rows.
+    """Every prompt and every decoding step in one call, or every product of them however small through the
+    kernels; alone and in a batch of up to eight rows.
     """
     vlm, golden = load(folder), load_file(GOLDEN / folder / "cases.safetensors")
     accelerate(vlm.model.language, level=level, smallest=0)
@@ -156,12 +157,20 @@ def test_bfloat16_decodes_as_near_to_float32_as_torch_does(
 
 @pytest.mark.parametrize("folder", ["vl1-siglip", "vl2-tiny-like"])
 def test_what_runs_through_the_kernels(folder: str, native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step whole; layer by layer where it cannot be; of a prompt what gains, at least the head."""
+    """Prompt and step whole; layer by layer where they cannot be; then of a prompt what gains, at least the
+    head.
+    """
     vlm, inputs = load(folder), encode(folder, "text_only")
     accelerate(vlm.model.language, smallest=0)
     calls = Calls(monkeypatch)
     held = KVCache(vlm.config.language, rows=1, device=vlm.device, dtype=vlm.dtype)
+    if native.levels[-1] in MOST_ROWS:
+        prefill(vlm.model, inputs, cache=held, row=0)
+        assert calls.counts == {"raw_linear": 0, "raw_experts": 0}
+        held.truncate(0, 0)
+    handle = vlm.model.language.layers[0].register_forward_hook(lambda *_: None)
     prefill(vlm.model, inputs, cache=held, row=0)
+    handle.remove()
     modules = list(vlm.model.language.modules())
     linears = sum(isinstance(module, nn.Linear) for module in modules)
     experts = sum(isinstance(module, Experts) for module in modules)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from seekvl.engine.kernels import compiled as room
 from seekvl.engine.kernels import report
+from seekvl.engine.kernels.accelerate import MOST_ROWS
 from seekvl.engine.kernels.compiled import SWITCH, Library
 from seekvl.engine.kernels.decoder import decode
 from seekvl.engine.kernels.packed import packed_linear
 from seekvl.engine.kernels.products import linear
+from seekvl.engine.kernels.prompts import prompt_logits
 from seekvl.engine.kernels.report import compare_with_torch
 from seekvl.runtime import SeekVLError
 
@@ -20,9 +22,11 @@ def test_it_names_the_level_and_the_difference(level: str, monkeypatch: pytest.M
     monkeypatch.setenv(SWITCH, level)
     said = compare_with_torch()
     assert said.startswith(f"{level} of portable")
-    product, step = (float(number) for number in re.findall(r"(\S+) in a", said))
+    product, *whole = (float(number) for number in re.findall(r"(\S+) in a", said))
     assert 0 < product < 1e-3
-    assert 0 < step < report.STEP_LIMIT
+    assert all(0 < difference < report.STEP_LIMIT for difference in whole)
+    assert len(whole) == (2 if level in MOST_ROWS else 1)
+    assert said.endswith("in a prompt" if level in MOST_ROWS else "; torch reads prompts")
 
 
 def test_it_says_why_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -57,6 +61,20 @@ def test_a_wrong_step_is_an_error(native: Library, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(report, "decode", wrong)
     with pytest.raises(SeekVLError, match="differs by nan from torch in a decoding step, at most 1e-05"):
+        compare_with_torch()
+
+
+def test_a_wrong_prompt_is_an_error(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any, **more: Any) -> Tensor:
+        logits = prompt_logits(*args, **more)
+        assert logits is not None
+        return logits + 1e-3
+
+    if native.levels[-1] not in MOST_ROWS:
+        pytest.skip("torch reads prompts on this machine")
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(report, "prompt_logits", wrong)
+    with pytest.raises(SeekVLError, match=r"differs by 1\.0e-03 from torch in a prompt, at most 1e-05"):
         compare_with_torch()
 
 

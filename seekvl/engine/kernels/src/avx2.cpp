@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "attend_lanes.h"
 #include "blocks.h"
 #include "gradient_blocks.h"
 #include "rows.h"
@@ -60,6 +61,7 @@ struct Avx2Lanes : WholeVectors<Avx2> {
 const Level avx2 = level_of<Avx2>();
 const Many avx2_many = many_of<Avx2, Avx2Lanes>();
 const Gradients avx2_gradients = gradients_of<Avx2, Avx2Lanes>();
+const AttendTile avx2_attend = attend<Avx2, Avx2Lanes>;
 
 }  // namespace seekvl
 

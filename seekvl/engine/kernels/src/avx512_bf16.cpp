@@ -4,6 +4,7 @@
 // exact and summed in float32, but numbers below 2^-126 count as zero.
 #if defined(__x86_64__)
 
+#include "attend_lanes.h"
 #include "avx512.h"
 
 namespace seekvl {
@@ -57,6 +58,7 @@ struct Avx512Pairs : Avx512Lanes {
 const Level avx512_bf16 = level_of<Avx512Bf16>();
 const Many avx512_bf16_many = many_of<Avx512Bf16, Avx512Lanes, Avx512Pairs>();
 const Gradients avx512_bf16_gradients = gradients_of<Avx512Bf16, Avx512Pairs>();
+const AttendTile avx512_bf16_attend = attend<Avx512Bf16, Avx512Lanes, Avx512Pairs>;
 
 }  // namespace seekvl
 

@@ -335,13 +335,20 @@ void gated(const Product& product, const Block& x, const void* gate, const void*
     }
 }
 
-// Rows as lanes; those behind the last repeat the first.
+constexpr int64_t kTogether = 16;  // numbers of a row, or pairs, that are packed at a time: a cache line or two
+
+// Rows as lanes; those behind the last repeat the first. A line of a row is used up at once: where rows are as far
+// apart as pages it would not stay in the cache until its next number is due.
 template <class Read, class Number>
 void pack_with(Read read, const void* const* x, const Block& block, int64_t steps, Number* to) {
-    const void* rows[kMostLanes];
-    for (int64_t l = 0; l < block.lanes; ++l) rows[l] = x[l < block.rows ? l : 0];
-    for (int64_t step = 0; step < steps; ++step, to += block.lanes)
-        for (int64_t l = 0; l < block.lanes; ++l) to[l] = read(rows[l], step);
+    const int64_t lanes = block.lanes;
+    for (int64_t start = 0; start < steps; start += kTogether, to += kTogether * lanes) {
+        const int64_t count = steps - start < kTogether ? steps - start : kTogether;
+        for (int64_t l = 0; l < lanes; ++l) {
+            const void* row = x[l < block.rows ? l : 0];
+            for (int64_t step = 0; step < count; ++step) to[step * lanes + l] = read(row, start + step);
+        }
+    }
 }
 
 inline uint32_t pair(const void* row, int64_t at) {

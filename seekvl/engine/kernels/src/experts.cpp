@@ -14,6 +14,8 @@
 #include <numeric>
 #include <vector>
 
+#include "cut.h"
+#include "experts.h"
 #include "many.h"
 #include "memory.h"
 #include "numbers.h"
@@ -25,11 +27,9 @@
 namespace seekvl {
 namespace {
 
-constexpr int64_t kWave = 256;         // lanes of a wave for each thread, at the least one block
+constexpr int64_t kWave = 512;         // lanes of a wave for each thread, at the least one block
 constexpr int64_t kTokens = 2048;      // rows of x whose sums are kept at a time
 constexpr int64_t kPiece = 32;         // rows of a matrix a thread takes at a time
-
-int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 int64_t packed_numbers(int64_t lanes, int64_t width) { return Scratch::rounded(lanes * (width + 1)); }
 
@@ -109,18 +109,6 @@ void plain_pieces(const void* pointer, int64_t begin, int64_t end) {
         const Range range = range_of(job, at);
         for (const Group* group = piece.first; group < piece.last; ++group)
             job.machine->plain(job.first, group->x, job.gate, job.bias, group->to, range);
-    }
-}
-
-// Cut `count` rows of one matrix into blocks as equal as lanes allow; calls add(first, rows, lanes).
-template <class Add>
-void cut(const Many& machine, int64_t count, Add add) {
-    const int64_t blocks = (count + machine.most - 1) / machine.most;
-    for (int64_t index = 0, first = 0; index < blocks; ++index) {
-        const int64_t rows = std::min(rounded_up((count - first + blocks - index - 1) / (blocks - index), machine.lanes),
-                                      count - first);
-        add(first, rows, rounded_up(rows, machine.lanes));
-        first += rows;
     }
 }
 
@@ -238,16 +226,23 @@ void run_wave(Job& job) {
     job.groups.clear();
 }
 
-void send_through_experts(Job& job, const Tokens& tokens) {
+// Lanes of a wave, at most.
+int64_t wave_lanes(const Job& job, const Tokens& tokens) {
+    return std::min(std::max(kWave * job.threads, job.machine->most), tokens.count * tokens.k * job.machine->lanes);
+}
+
+// What a wave needs of memory, in numbers of float32.
+int64_t wave_numbers(const Job& job, const Tokens& tokens) {
+    const int64_t most = wave_lanes(job, tokens);
+    return packed_numbers(most, job.channels) + packed_numbers(most, job.rows);
+}
+
+// sums[n, d] += what the experts make of the tokens.
+void add_through_experts(Job& job, const Tokens& tokens, float* sums, Scratch& scratch) {
     const Many& machine = *job.machine;
-    const int64_t count = tokens.count * tokens.k, d = job.channels, m = job.rows;
-    const int64_t most = std::min(std::max(kWave * job.threads, machine.most), count * machine.lanes);
-    const int64_t of_packed = packed_numbers(most, d), of_hidden = packed_numbers(most, m);
-    Scratch scratch(packed_numbers(tokens.count, d) + of_packed + of_hidden, Scratch::MANY);
-    float* const sums = scratch.take(packed_numbers(tokens.count, d));
-    char* const packed = reinterpret_cast<char*>(scratch.take(of_packed));
-    char* const hidden = reinterpret_cast<char*>(scratch.take(of_hidden));
-    std::memset(sums, 0, tokens.count * d * sizeof(float));
+    const int64_t count = tokens.count * tokens.k, d = job.channels, m = job.rows, most = wave_lanes(job, tokens);
+    char* const packed = reinterpret_cast<char*>(scratch.take(packed_numbers(most, d)));
+    char* const hidden = reinterpret_cast<char*>(scratch.take(packed_numbers(most, m)));
     const Slots slots = sort_slots(job, tokens, sums);
     int64_t used = 0;  // lanes of the wave
     for (int64_t begin = 0, end; begin < count; begin = end) {
@@ -265,11 +260,28 @@ void send_through_experts(Job& job, const Tokens& tokens) {
         });
     }
     run_wave(job);
+}
+
+void send_through_experts(Job& job, const Tokens& tokens) {
+    const int64_t d = job.channels, numbers = packed_numbers(tokens.count, d);
+    Scratch scratch(numbers + wave_numbers(job, tokens), Scratch::MANY);
+    float* const sums = scratch.take(numbers);
+    std::memset(sums, 0, tokens.count * d * sizeof(float));
+    add_through_experts(job, tokens, sums, scratch);
     const Sum sum{sums, tokens.y, job.dtype, d};
     run(job.threads, tokens.count, 16, round_sums, &sum);
 }
 
 }  // namespace
+
+void add_experts(const Many& machine, int threads, const Stacks& stacks, const Routed& routed, float* sums) {
+    Job job = job_of(machine, threads, stacks.kind, routed.dtype, stacks.width, stacks.channels, stacks.channels);
+    job.gate = stacks.gate, job.up = stacks.up, job.down = stacks.down;
+    const Tokens tokens{routed.experts, routed.weights, routed.x, nullptr, nullptr, routed.count, routed.k};
+    Scratch scratch(wave_numbers(job, tokens), Scratch::MANY);
+    add_through_experts(job, tokens, sums, scratch);
+}
+
 }  // namespace seekvl
 
 using namespace seekvl;

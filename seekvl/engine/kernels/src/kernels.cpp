@@ -2,17 +2,20 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
+#include "attend_many.h"
 #include "gradients.h"
 #include "jobs.h"
 #include "many.h"
 #include "numbers.h"
 #include "pool.h"
 #include "product.h"
+#include "prompt.h"
 #include "step.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -97,6 +100,17 @@ const Gradients& gradients_at(int32_t index, Dtype dtype) {
     if (index == NEON) return neon_gradients;
 #endif
     return portable_gradients;
+}
+
+AttendTile attend_at(int32_t index) {
+#if defined(__x86_64__)
+    if (index == AVX2) return avx2_attend;
+    if (index == AVX512) return avx512_attend;
+    if (index == AVX512_BF16) return avx512_bf16_attend;
+#elif defined(__aarch64__)
+    if (index == NEON) return neon_attend;
+#endif
+    return portable_attend;
 }
 
 }  // namespace seekvl
@@ -185,9 +199,21 @@ EXPORT void seekvl_step(int32_t level, int32_t threads, const Network* network, 
     step(level_at(level), packed_level_at(level), threads, *network, *cache, *tokens, logits);
 }
 
-// Bytes of what describes a step: Python writes the same structures.
+// A piece of a prompt: what the structures mean stands in step.h and prompt.h. Returns 0, or 1 where there was no
+// memory.
+EXPORT int32_t seekvl_prompt(int32_t level, int32_t threads, const Network* network, const Cache* cache,
+                             const Prompt* prompt) {
+    try {
+        fill({level_at(level), many_at(level), attend_at(level)}, threads, *network, *cache, *prompt);
+        return 0;
+    } catch (const std::exception&) {
+        return 1;
+    }
+}
+
+// Bytes of what describes a step or a prompt: Python writes the same structures.
 EXPORT int64_t seekvl_structures() {
-    return sizeof(Network) + sizeof(Layer) + sizeof(Cache) + sizeof(Tokens);
+    return sizeof(Network) + sizeof(Layer) + sizeof(Cache) + sizeof(Tokens) + sizeof(Prompt);
 }
 
 EXPORT void seekvl_release() { release(); }

@@ -3,6 +3,7 @@
 
 #include <arm_neon.h>
 
+#include "attend_lanes.h"
 #include "blocks.h"
 #include "gradient_blocks.h"
 #include "rows.h"
@@ -50,6 +51,7 @@ struct NeonLanes : WholeVectors<Neon> {
 const Level neon = level_of<Neon>();
 const Many neon_many = many_of<Neon, NeonLanes>();
 const Gradients neon_gradients = gradients_of<Neon, NeonLanes>();
+const AttendTile neon_attend = attend<Neon, NeonLanes>;
 
 }  // namespace seekvl
 

@@ -1,4 +1,5 @@
 // Any machine: plain C++ in the shape that compilers turn into vectors.
+#include "attend_lanes.h"
 #include "blocks.h"
 #include "gradient_blocks.h"
 #include "rows.h"
@@ -81,5 +82,6 @@ struct PortableLanes : WholeVectors<Portable> {
 const Level portable = level_of<Portable>();
 const Many portable_many = many_of<Portable, PortableLanes>();
 const Gradients portable_gradients = gradients_of<Portable, PortableLanes>();
+const AttendTile portable_attend = attend<Portable, PortableLanes>;
 
 }  // namespace seekvl

@@ -7,6 +7,7 @@
 #include "attend.h"
 #include "jobs.h"
 #include "pool.h"
+#include "rotary.h"
 #include "router.h"
 
 namespace seekvl {
@@ -78,22 +79,6 @@ Part gated_part_of(const Matrix& gate, const Matrix& up, Input& x, int64_t n, fl
     part.up = part.matrix;
     part.up.weight = up.weight, part.up.bias = up.bias;
     return part;
-}
-
-// Turn channels i and i + count by the angle of i.
-void rotate_halves(float* x, const float* cos, const float* sin, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        const float first = x[i], second = x[i + count];
-        x[i] = first * cos[i] - second * sin[i];
-        x[i + count] = second * cos[i] + first * sin[i];
-    }
-}
-
-// Turn channels 2i and 2i + 1 by the angle of i; the even ones come out first. `room` has 2 * count numbers.
-void rotate_pairs(float* x, const float* cos, const float* sin, int64_t count, float* room) {
-    for (int64_t i = 0; i < count; ++i) room[i] = x[2 * i], room[i + count] = x[2 * i + 1];
-    rotate_halves(room, cos, sin, count);
-    std::copy(room, room + 2 * count, x);
 }
 
 void add(const float* from, float* to, int64_t count) {
