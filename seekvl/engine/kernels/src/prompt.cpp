@@ -509,7 +509,7 @@ class Filling {
             const Range range = range_of(pieces, index, threads_);
             for (const Cut& cut : cuts_.all)
                 many_.gated(product(net_.width), x.block(cut), layer.gate.weight, layer.up.weight, between.block(cut),
-                            range);
+                            nullptr, layer.gate.rows, range);
         });
         add_product(between, layer.down);
     }
