@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 from seekvl.evals.clock import Clock, watch
 from seekvl.evals.machine import Neighbours, fill_page_cache, peak_memory, processor, wait_until_quiet
@@ -27,6 +28,7 @@ from seekvl.evals.machine import Neighbours, fill_page_cache, peak_memory, proce
 if TYPE_CHECKING:
     import torch
 
+    from seekvl.engine.sampler import Sampler
     from seekvl.presets import Preset
 
 PEER = "transformers"
@@ -176,16 +178,12 @@ def work(args: argparse.Namespace) -> Measured:
     torch.set_num_threads(args.threads)
     neighbours = Neighbours()
     start = start_seekvl if args.worker == "seekvl" else start_transformers
-    load, answer, head = start(args.folder, clock=time.process_time if args.cpu_time else time.perf_counter)
+    load, answer = start(args.folder, clock=time.process_time if args.cpu_time else time.perf_counter)
     seen: list[torch.Tensor] = []
-    hook = head.register_forward_hook(
-        lambda _module, _inputs, out: seen.append(out.flatten().float().clone())
-    )
-    tokens, began, _, times = answer(COMPARED)
-    hook.remove()
+    tokens, began, _, times = answer(COMPARED, lambda logits: seen.append(logits.flatten().float().clone()))
     first_token = load + times[0] - began
-    save_file({"logits": torch.stack(seen[:COMPARED])}, args.logits)
-    _, began, vision, times = answer(args.tokens + 1)
+    save_file({"logits": torch.stack(seen)}, args.logits)
+    _, began, vision, times = answer(args.tokens + 1, lambda _: None)
     steps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return Measured(
         load=load,
@@ -201,8 +199,10 @@ def work(args: argparse.Namespace) -> Measured:
 
 Answered = tuple[list[int], float, float, list[float]]
 """Tokens, when the work began, seconds of vision, when each token was there."""
-Started = tuple[float, Callable[[int], Answered], "torch.nn.Module"]
-"""Seconds of loading, a function that answers with so many tokens, the head."""
+Note = Callable[["torch.Tensor"], None]
+"""Is shown the logits before each token."""
+Started = tuple[float, Callable[[int, Note], Answered]]
+"""Seconds of loading, a function that answers with so many tokens."""
 
 
 def prompt(image_id: int, slots: int) -> "torch.Tensor":
@@ -225,6 +225,7 @@ def picture(side: int) -> "torch.Tensor":
 
 def start_seekvl(folder: Path, *, clock: Clock) -> Started:
     """Load seekvl and return how to ask it."""
+    from seekvl.engine import engine as room
     from seekvl.engine.generate import generate
     from seekvl.engine.kernels.accelerate import accelerate
     from seekvl.engine.request import Request, SamplingParams
@@ -250,20 +251,24 @@ def start_seekvl(folder: Path, *, clock: Clock) -> Started:
         bill=TokenBill(text_tokens=TEXT_TOKENS, image_tokens=(slots,), total=len(ids), limit=4096),
     )
 
-    vision = watch(model.vision, model.adaptor, clock=clock)
+    vision, choose = watch(model.vision, model.adaptor, clock=clock), room.choose
 
-    def answer(count: int) -> Answered:
-        params = SamplingParams(max_new_tokens=count)
-        began = clock()
+    def answer(count: int, note: Note) -> Answered:
+        request = Request(inputs=inputs, params=SamplingParams(max_new_tokens=count), end_id=-1)
+
+        def choose_noted(logits: "torch.Tensor", samplers: "Sequence[Sampler]") -> list[int]:
+            note(logits)
+            return choose(logits, samplers)
+
         tokens, times = [], []
-        for _, piece in generate(
-            model, tokenizer, requests=[Request(inputs=inputs, params=params, end_id=-1)]
-        ):
-            times.append(clock())
-            tokens.append(piece.token_id)
+        with patch.object(room, "choose", choose_noted):  # a hook would keep the network from the kernels
+            began = clock()
+            for _, piece in generate(model, tokenizer, requests=[request]):
+                times.append(clock())
+                tokens.append(piece.token_id)
         return tokens, began, vision(), times
 
-    return load, answer, model.language.lm_head
+    return load, answer
 
 
 def start_transformers(folder: Path, *, clock: Clock) -> Started:
@@ -283,15 +288,17 @@ def start_transformers(folder: Path, *, clock: Clock) -> Started:
     class Stopwatch(LogitsProcessor):
         """Notes when the logits of each token are there."""
 
-        def __init__(self) -> None:
+        def __init__(self, note: Note) -> None:
+            self.note = note
             self.times: list[float] = []
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             self.times.append(clock())
+            self.note(scores)
             return scores
 
-    def answer(count: int) -> Answered:
-        stopwatch = Stopwatch()
+    def answer(count: int, note: Note) -> Answered:
+        stopwatch = Stopwatch(note)
         began = clock()
         with torch.inference_mode():
             out = model.generate(
@@ -306,7 +313,7 @@ def start_transformers(folder: Path, *, clock: Clock) -> Started:
             )
         return out[0, ids.shape[1] :].tolist(), began, vision(), stopwatch.times
 
-    return load, answer, model.lm_head
+    return load, answer
 
 
 def compare(runs: dict[str, list[Measured]], *, scratch: Path) -> str:

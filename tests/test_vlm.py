@@ -477,3 +477,14 @@ def test_parts_of_two_families_do_not_fit(vlm: seekvl.VLM, tiled: seekvl.VLM) ->
     other = Processor(tiled.tokenizer, image, tiled.processor.template)
     with pytest.raises(seekvl.SeekVLError, match=r"slots a picture of 1 x 1 tiles, the model 25"):
         seekvl.VLM(tiled.model, other)
+
+
+@pytest.mark.parametrize("name", ["seekvl-nano", "seekvl-nano-moe"])
+def test_neither_loading_nor_answering_imports_the_compiler(name: str) -> None:
+    """It takes more than a second, which would be the larger part of a first answer."""
+    program = (
+        f"import sys, seekvl; vlm = seekvl.load({name!r}, dtype='bfloat16')\n"
+        "vlm.ask([], 'Hello', max_new_tokens=2)\n"
+        "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -13,7 +13,8 @@ Letters: b rows, t tokens, n tiles, S side of a tile in px, g features along a s
 width, v vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, overload
 
@@ -172,13 +173,20 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **given)
 
 
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Build networks on the meta device: every parameter has a shape and a dtype, none has numbers."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
 @overload
 def on_meta(config: VLConfig) -> VL: ...
 @overload
 def on_meta(config: VL2Config) -> VL2: ...
 def on_meta(config: AnyConfig) -> AnyVL:
     """Build the network without memory: every parameter has a shape and a dtype, none has numbers yet."""
-    with torch.device("meta"), _Unfilled():
+    with without_memory():
         return VL(config) if isinstance(config, VLConfig) else VL2(config)
 
 

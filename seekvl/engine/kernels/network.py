@@ -36,6 +36,7 @@ from seekvl.models.quantized import (
     quantized_like,
     quantized_modules,
 )
+from seekvl.models.vl2 import without_memory
 
 PARTS = frozenset(
     (
@@ -339,7 +340,7 @@ def _fits(network: Llama | DeepseekV2, quantized: Mapping[str, Quantized]) -> bo
 
     Embedding and head may have any number of rows, as after tokens were added.
     """
-    with torch.device("meta"):
+    with without_memory():
         expected = Llama(network.config) if isinstance(network, Llama) else DeepseekV2(network.config)
     expected.lm_head.out_features = network.lm_head.out_features
     modules = dict(expected.named_modules())
