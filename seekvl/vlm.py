@@ -73,7 +73,8 @@ def load(
     max_tiles: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "VLM":
-    """Load the bundled seekvl-nano, a folder in the official or the transformers layout, or a hub id.
+    """Load a bundled model (seekvl-nano, seekvl-nano-moe), a folder in the official or the transformers
+    layout, or a hub id.
 
     device, dtype: "auto" takes CUDA where there is one, and a dtype that suits device and size.
     revision: commit, tag or branch of a hub id.

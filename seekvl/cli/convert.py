@@ -21,7 +21,10 @@ EXAMPLE = (
 def convert(
     source: Annotated[
         str,
-        typer.Argument(help="The bundled seekvl-nano, a checkpoint folder, or a hub id.", show_default=False),
+        typer.Argument(
+            help="A bundled model (seekvl-nano, seekvl-nano-moe), a checkpoint folder, or a hub id.",
+            show_default=False,
+        ),
     ],
     target: Annotated[
         Path,

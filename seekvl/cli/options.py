@@ -17,7 +17,11 @@ Awaited = TypeVar("Awaited")
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="The bundled seekvl-nano, a checkpoint folder, or a hub id."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="A bundled model (seekvl-nano, seekvl-nano-moe), a checkpoint folder, or a hub id.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one.")]
 Dtype = Annotated[
