@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def test_every_figure_of_both_programs(tmp_path: Path) -> None:
         assert figure["ratio"] == figure["ours"] / figure["peer"], name
         assert figure["peer_name"] == "transformers"
     assert "first 8 greedy tokens equal" in done.stdout
+    assert re.search(r"logits differ by at most 0[.]\d+ standard deviations", done.stdout), done.stdout
     assert (tmp_path / "tiny" / "config.json").exists()
 
 

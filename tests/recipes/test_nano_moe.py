@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import seekvl
 from seekvl.corpus import nano as corpus
@@ -26,9 +27,10 @@ from seekvl.train.optimizer import make_optimizer
 from seekvl.train.stage import Stage, assign
 from seekvl.train.step import take_step
 from seekvl.train.streams import Streams
-from seekvl.weights.load import NANO, load_checkpoint
+from seekvl.weights.load import BUNDLED, NANO, NANO_MOE, load_checkpoint
 
 STAGES = (nano_moe.language, nano_moe.stage1, nano_moe.stage2, nano_moe.stage3)
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +204,26 @@ def test_the_whole_recipe_runs_resumes_and_leaves_a_model_that_answers(
     answer = vlm.ask(corpus.scene(0, 1).image, "What is in the picture?", max_new_tokens=3)
     assert answer.usage.completion_tokens <= 3
     assert answer.usage.image_tokens in {nano_moe.MODEL.slots(grid) for grid in nano_moe.IMAGE_CONFIG.grids}
+
+
+@pytest.fixture(scope="module")
+def bundled() -> seekvl.VLM:
+    return seekvl.load(NANO_MOE, device="cpu")
+
+
+def test_the_bundled_model_is_the_recipes(bundled: seekvl.VLM) -> None:
+    assert isinstance(bundled.model, VL2)
+    assert bundled.config == nano_moe.MODEL
+    assert bundled.processor.image == nano_moe.IMAGE_CONFIG
+    size = sum(path.stat().st_size for path in BUNDLED[NANO_MOE].iterdir())
+    assert size <= 15_000_000
+
+
+def test_it_looks_at_a_long_picture_in_tiles(bundled: seekvl.VLM) -> None:
+    strip = Image.new("RGB", (160, 900), "white")
+    answer = bundled.ask(strip, "What colour is the background?", max_new_tokens=4)
+    assert answer.usage.image_tokens == visual_tokens((1, 6), nano_moe.IMAGE_CONFIG) == 211
+
+
+def test_it_counts_the_shapes_of_the_example(bundled: seekvl.VLM) -> None:
+    assert bundled.ask(EXAMPLES / "shapes.png", "How many shapes are there?").text == "5"
