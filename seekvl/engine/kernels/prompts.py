@@ -113,8 +113,13 @@ def prompts_served(network: Llama | DeepseekV2) -> bool:
     are faster than in torch: not on `portable`, and not on `neon`, where nothing has been measured. Quantised
     matrices stay with the kernels of their layers.
     """
+    return _served(network) is not None
+
+
+def _served(network: Llama | DeepseekV2) -> Description | None:
+    """Return the description of a network that `prompts_served` means."""
     found = description_of(network)
-    return found is not None and found.level in _GAINING and not found.packed
+    return found if found is not None and found.level in _GAINING and not found.packed else None
 
 
 def _ready(
@@ -129,9 +134,7 @@ def _ready(
     """Return the description of a network whose prompt can be computed now; refuse wrong arguments."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
-    if not prompts_served(network):
-        return None
-    found = description_of(network)
+    found = _served(network)
     if found is None or not cache_served(found, keys, values):
         return None
     if not (embeds.is_cpu and embeds.dtype in DTYPES and type(embeds) is Tensor):

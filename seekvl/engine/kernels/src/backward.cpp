@@ -22,6 +22,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cut.h"
 #include "gradients.h"
 #include "jobs.h"
 #include "many.h"
@@ -40,8 +41,6 @@ constexpr int64_t kChannels = 64;   // of inputs that a thread adds up at a time
 constexpr int64_t kPiece = 32;      // rows of a matrix whose gradients a thread computes at a time
 constexpr int64_t kLineNumbers = 16;
 constexpr int64_t kSlack = 64;      // numbers behind a buffer that a vector may read
-
-int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 // Memory that threads work in, one each at a time.
 class Desks {
