@@ -1,11 +1,21 @@
 """From encoded samples to one batch: rows padded on the right to a few fixed lengths, pictures in one stack.
 
+Rows of alike length stand together, in parts that the language model may take one after the other, each cut
+to a length of its own:
+
+    4 rows in 2 parts    a a a . . . . .      a a a .
+                         b b b b . . . .      b b b b
+                         c c c c c c . .                    c c c c c c . .
+                         d d d d d d d d                    d d d d d d d d
+
 Letters: b rows, t tokens of the padded row, n pictures of the batch, k tiles of them, S and s sides of a
 picture in px.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +23,14 @@ from torch import Tensor
 from seekvl.processing.encode import ModelInput
 from seekvl.processing.tile_image import Grid, tile_count
 from seekvl.runtime import SeekVLError
+
+
+class Part(NamedTuple):
+    """Rows of a batch that stand together and are of alike length."""
+
+    rows: int
+    tokens: int
+    """Length of the row that holds the longest of them; what lies behind it is padding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +47,8 @@ class Batch:
     """i64[b, t]: rotary positions, 0.. in every row."""
     present: Tensor
     """bool[b, t]: False at the padding."""
+    parts: tuple[Part, ...]
+    """The rows, in order; one part holds them all."""
     pixels: Tensor | None
     """f32[n, 3, S, S], the pictures of row 0, then those of row 1 and so on; of DeepSeek-VL2 f32[k, 3, S, S],
     their tiles, with no padding between; None without pictures."""
@@ -58,6 +78,7 @@ class Batch:
             image_mask=move(self.image_mask),
             positions=move(self.positions),
             present=move(self.present),
+            parts=self.parts,
             pixels=None if self.pixels is None else move(self.pixels),
             low_pixels=None if self.low_pixels is None else move(self.low_pixels),
             normalized=self.normalized,
@@ -82,10 +103,13 @@ def bucket(length: int, *, lengths: Sequence[int]) -> int:
     return min(fitting)
 
 
-def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int) -> Batch:
+def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int, parts: int = 1) -> Batch:
     """Stack samples encoded for training, padded to the smallest of `lengths` that holds the longest of them.
 
-    Raises SeekVLError for no samples, a sample without loss weights or longer than every length, pictures of
+    With several `parts` the rows are sorted by their number of tokens and dealt to that many, as evenly as it
+    goes; otherwise they keep their order.
+
+    Raises SeekVLError for no samples, fewer than parts, a sample without loss weights or longer than every length, pictures of
     different sizes, pictures of which only some are normalised, tiled or carry a low-resolution copy, and
     tiles that are not as many as the grids say.
     """
@@ -97,6 +121,10 @@ def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int
                 f"sample {row} of the batch: {len(sample.input_ids)} tokens exceed the longest row of "
                 f"{max(lengths, default=0)}; shorten the sample or raise the lengths"
             )
+    if not 1 <= parts <= len(inputs):
+        raise SeekVLError(f"a batch of {len(inputs)} samples cannot be cut into {parts} parts")
+    if parts > 1:
+        inputs = sorted(inputs, key=lambda sample: len(sample.input_ids))
     width = bucket(max(len(sample.input_ids) for sample in inputs), lengths=lengths)
     shape = (len(inputs), width)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
@@ -116,10 +144,23 @@ def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int
         image_mask=image_mask,
         positions=torch.arange(width).repeat(len(inputs), 1),
         present=present,
+        parts=_parts(inputs, parts, lengths=lengths),
         pixels=_stack([sample.pixels for sample in inputs], name="pixels"),
         low_pixels=_low_pixels(inputs),
         normalized=_normalized(inputs),
         grids=_grids(inputs),
+    )
+
+
+def _parts(inputs: Sequence[ModelInput], parts: int, *, lengths: Sequence[int]) -> tuple[Part, ...]:
+    """Cut rows into parts that differ by one row at the most, each with the length it is padded to."""
+    ends = [len(inputs) * part // parts for part in range(parts + 1)]
+    return tuple(
+        Part(
+            rows=end - start,
+            tokens=bucket(max(len(sample.input_ids) for sample in inputs[start:end]), lengths=lengths),
+        )
+        for start, end in pairwise(ends)
     )
 
 

@@ -11,6 +11,7 @@ Letters: b rows, t tokens, n tokens of all rows, k experts a token, z slots (n *
 expert, d width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -188,6 +189,21 @@ class RouterRecord:
         self.losses[layer] = balance_loss(routing, config, counted=self.counted)
         hits = expert_hits(routing, counted=self.counted).detach()
         self.loads[layer] = hits.sum(dim=(0, 1)).long()
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[int, "RouterRecord"]]) -> "RouterRecord":
+        """Return the record of a batch whose rows went through the network in parts, each given with its rows:
+        losses are means over rows, loads add up.
+
+        With `MoeConfig.aux_per_sequence` that is what one part would have noted; without it balance is asked
+        of every part alone.
+        """
+        whole, rows = cls(), sum(count for count, _ in parts)
+        for layer in parts[0][1].losses:
+            losses = [part.losses[layer] * (count / rows) for count, part in parts]
+            whole.losses[layer] = torch.stack(losses).sum()
+            whole.loads[layer] = torch.stack([part.loads[layer] for _, part in parts]).sum(dim=0)
+        return whole
 
     def loss(self) -> Tensor:
         """Return f32[], the balance losses of all layers, to be added to the loss of the batch."""

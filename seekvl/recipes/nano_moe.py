@@ -138,7 +138,7 @@ def encoders() -> Stage:
     """Warm-up of the tower on tiles, new to it; the last group is the linear layer thrown away afterwards."""
     return Stage(
         name="encoders",
-        steps=500,
+        steps=3000,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.02),
@@ -168,7 +168,7 @@ def stage1() -> Stage:
     """Alignment: tower and adaptor learn (2412.10302, sec. 3); its objective is `nano_naming`."""
     return Stage(
         name="stage1",
-        steps=150,
+        steps=200,
         batch_size=16,
         lr=2e-3,
         schedule=Schedule(shape="cosine", warmup=20, floor=0.1),
@@ -183,7 +183,7 @@ def stage2() -> Stage:
     """
     return Stage(
         name="stage2",
-        steps=1700,
+        steps=1800,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.3),
@@ -197,7 +197,7 @@ def stage3() -> Stage:
     """Supervised fine-tuning of everything (2412.10302, sec. 3)."""
     return Stage(
         name="stage3",
-        steps=1100,
+        steps=3000,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100),

@@ -71,11 +71,21 @@ def next_token_loss(model: AnyVL, batch: Batch) -> Loss:
 
 
 def _hidden(model: AnyVL, embeds: Tensor, batch: Batch) -> tuple[Tensor, RouterRecord | None]:
-    """Return hidden states f[b, t, d] of embeddings, and what routers did on the way, where there are any."""
-    if not has_experts(model):
-        return model.hidden(embeds, positions=batch.positions), None
-    record = RouterRecord(counted=batch.present)
-    return model.hidden(embeds, positions=batch.positions, record=record), record
+    """Return hidden states f[b, t, d] of embeddings, zeros behind the end of a part, and what routers did on
+    the way, where there are any.
+    """
+    first, hidden, records = 0, [], []
+    for rows, tokens in batch.parts:
+        here = slice(first, first + rows), slice(tokens)
+        if has_experts(model):
+            record = RouterRecord(counted=batch.present[here])
+            records.append((rows, record))
+            out = model.hidden(embeds[here], positions=batch.positions[here], record=record)
+        else:
+            out = model.hidden(embeds[here], positions=batch.positions[here])
+        hidden.append(F.pad(out, (0, 0, 0, embeds.shape[1] - tokens)))
+        first += rows
+    return torch.cat(hidden), RouterRecord.joined(records) if records else None
 
 
 def picture_features(model: AnyVL, batch: Batch) -> Tensor | None:

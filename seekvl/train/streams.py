@@ -33,6 +33,10 @@ class Streams:
     """Row lengths to pad to, tokens."""
     pad_id: int
     """Token id of the padding; it is never looked at."""
+    parts: int = 1
+    """Parts of rows of alike length that the language model takes one after the other, see `data.collate`:
+    less padding for a CPU, smaller products for a GPU.
+    """
     language: Source | None = None
     """Samples without pictures."""
     multimodal: Source | None = None
@@ -50,6 +54,8 @@ class Streams:
             )
         if self.batch_size < 1:
             raise SeekVLError(f"streams: batch_size is {self.batch_size}; it must be at least 1")
+        if not 1 <= self.parts <= self.batch_size:
+            raise SeekVLError(f"streams: {self.parts} parts of a batch of {self.batch_size} samples")
 
     def place(self, step: int) -> Place:
         """Return stream and stream position of a step."""
@@ -72,7 +78,7 @@ class Streams:
         assert source is not None
         inputs = [source(index) for index in self.samples(step)]
         try:
-            return collate(inputs, lengths=self.lengths, pad_id=self.pad_id)
+            return collate(inputs, lengths=self.lengths, pad_id=self.pad_id, parts=self.parts)
         except SeekVLError as error:
             samples = self.samples(step)
             raise SeekVLError(f"{self.kind(step)} samples {samples[0]} to {samples[-1]}: {error}") from error

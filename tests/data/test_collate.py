@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from seekvl.data.collate import bucket, collate
+from seekvl.data.collate import Part, bucket, collate
 from seekvl.processing.encode import ModelInput, TokenBill
 from seekvl.runtime import SeekVLError
 
@@ -61,6 +61,33 @@ def test_tiles_are_concatenated_without_padding() -> None:
     assert batch.pixels[:, 0, 0, 0].tolist() == pytest.approx([0.1, *[0.2] * 7, 0.1])
     assert batch.to(torch.device("meta")).grids == batch.grids
     assert collate([sample([1])], lengths=(2,), pad_id=0).grids is None
+
+
+def test_parts_hold_rows_of_alike_length_with_their_pictures() -> None:
+    bright, dark = torch.full((1, 3, 2, 2), 0.9), torch.full((1, 3, 2, 2), 0.1)
+    mask = torch.tensor([True, False, False, False, False])
+    inputs = [
+        sample([1] * 5, pixels=bright, image_mask=mask),
+        sample([2]),
+        sample([3] * 3),
+        sample([4, 4], pixels=dark, image_mask=mask[:2]),
+        sample([5] * 3),
+    ]
+    batch = collate(inputs, lengths=(2, 4, 8), pad_id=0, parts=2)
+    assert batch.parts == (Part(rows=2, tokens=2), Part(rows=3, tokens=8))
+    assert batch.input_ids[:, 0].tolist() == [2, 4, 3, 5, 1]
+    assert batch.pixels is not None
+    assert batch.pixels[:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.9])
+    assert batch.image_mask.nonzero().tolist() == [[1, 0], [4, 0]]
+    whole = collate(inputs, lengths=(2, 4, 8), pad_id=0)
+    assert whole.parts == (Part(rows=5, tokens=8),)
+    assert whole.input_ids[:, 0].tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_a_batch_cannot_be_cut_into_more_parts_than_it_has_samples(parts: int) -> None:
+    with pytest.raises(SeekVLError, match=f"a batch of 2 samples cannot be cut into {parts} parts"):
+        collate([sample([1]), sample([2])], lengths=(4,), pad_id=0, parts=parts)
 
 
 def test_moving_keeps_every_field() -> None:

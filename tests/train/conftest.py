@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seekvl.data.collate import Batch
+from seekvl.data.collate import Batch, Part
 from seekvl.models.adaptor import AdaptorConfig
 from seekvl.models.deepseek_v2 import DeepseekV2Config
 from seekvl.models.llama import LlamaConfig
@@ -123,6 +123,7 @@ class Toy:
             image_mask=mask,
             positions=torch.arange(LENGTH).repeat(ROWS, 1),
             present=torch.ones(ROWS, LENGTH, dtype=torch.bool),
+            parts=(Part(rows=ROWS, tokens=LENGTH),),
             pixels=pixels,
             low_pixels=None,
             normalized=False,

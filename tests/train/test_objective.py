@@ -1,9 +1,12 @@
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
+from seekvl.data.collate import Part
 from seekvl.models.moe import RouterRecord
+from seekvl.models.vl2 import AnyVL
 from seekvl.runtime import SeekVLError
 from seekvl.train import objective
 from seekvl.train.objective import ROW_STEP, next_token_loss
@@ -138,3 +141,25 @@ def test_routers_do_not_count_padding() -> None:
 
 def test_a_network_without_experts_has_no_record() -> None:
     assert next_token_loss(tiny_vl(), Toy()(0)).record is None
+
+
+@pytest.mark.parametrize("make", [tiny_vl, tiny_vl2])
+def test_parts_of_a_batch_give_its_loss_gradients_and_loads(make: Callable[[], AnyVL]) -> None:
+    batch, short = Toy()(0), LENGTH // 2
+    present, weights = batch.present.clone(), batch.loss_weights.clone()
+    present[:6, short:] = False
+    weights[:6] = weights[:6].roll(LENGTH - short, dims=1)
+    batch = replace(batch, present=present, loss_weights=weights)
+    results = []
+    for parts in (batch.parts, (Part(6, short), Part(ROWS - 6, LENGTH))):
+        model = make()
+        loss = next_token_loss(model, replace(batch, parts=parts))
+        loss.minimised().backward()
+        results.append((loss, {name: each.grad for name, each in model.named_parameters()}))
+    (whole, expected), (cut, found) = results
+    torch.testing.assert_close(cut.minimised(), whole.minimised())
+    torch.testing.assert_close(found, expected)
+    assert (cut.record is None) == (whole.record is None)
+    if cut.record is not None and whole.record is not None:
+        assert torch.equal(cut.record.loads[1], whole.record.loads[1])
+        assert int(cut.record.loads[1].sum()) == 6 * short + (ROWS - 6) * LENGTH

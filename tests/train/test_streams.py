@@ -69,3 +69,9 @@ def test_sample_too_long_names_stream_and_samples() -> None:
         SeekVLError, match="multimodal samples 6 to 7: sample 0 of the batch: 2 tokens exceed"
     ):
         streams(language=None, lengths=(1,))(3)
+
+
+def test_streams_cut_their_batches_into_parts() -> None:
+    assert len(streams(parts=2, multimodal=None)(0).parts) == 2
+    with pytest.raises(SeekVLError, match="3 parts of a batch of 2 samples"):
+        streams(parts=3, multimodal=None)
