@@ -278,7 +278,7 @@ class VLM:
         requests = []
         for index, messages in enumerate(conversations, start=1):
             try:
-                requests.append(self._request(messages, params))
+                requests.append(self.prepare(messages, params))
             except SeekVLError as error:
                 raise SeekVLError(f"conversation {index} of {len(conversations)}: {error}") from error
         pieces = self.engine.answer(requests, cancel=cancel)
@@ -312,8 +312,11 @@ class VLM:
         """Start a conversation whose past stays in the cache."""
         return Session(self, system=system)
 
-    def _request(self, messages: Messages, params: SamplingParams) -> Request:
-        """Prepare a conversation for the engine."""
+    def prepare(self, messages: Messages, params: SamplingParams) -> Request:
+        """Turn a conversation into what `engine.submit` takes: template, tokens, pixels.
+
+        Raises SeekVLError for what `chat` would refuse.
+        """
         began = time.perf_counter()
         conversation = parse_messages(messages)
         inputs = self.processor.encode(conversation)
@@ -330,7 +333,7 @@ class VLM:
         self, messages: Messages, params: SamplingParams, *, engine: Engine, cancel: Cancel
     ) -> Generator[Piece, None, None]:
         """Prepare one conversation now, and answer it as the iterator is drawn from."""
-        pieces = engine.answer([self._request(messages, params)], cancel=cancel)
+        pieces = engine.answer([self.prepare(messages, params)], cancel=cancel)
         return (piece for _, piece in pieces)
 
 

@@ -25,7 +25,7 @@ from seekvl.engine.prompt import Prompt, Shown, make_prompt
 from seekvl.engine.request import Piece, Request
 from seekvl.engine.row import Row, start_row
 from seekvl.engine.runner import Runner
-from seekvl.engine.sampler import choose
+from seekvl.engine.sampler import choose, likelihood
 from seekvl.engine.scheduler import Encode, Fill, Job, Limits, Placement, Plan, QueueFull, Scheduler
 from seekvl.models.vl2 import AnyVL
 from seekvl.processing.encode import ModelInput
@@ -100,19 +100,27 @@ class Engine:
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def submit(self, request: Request, *, client: str = "", deadline: float | None = None) -> Handle:
+    def submit(
+        self,
+        request: Request,
+        *,
+        client: str = "",
+        deadline: float | None = None,
+        notify: Callable[[], None] | None = None,
+    ) -> Handle:
         """Take a request in; return the handle of its answer.
 
         client: whose it is; clients take turns, see `engine.scheduler`. deadline: seconds from now, within
         which it must be let in, or it fails with DeadlinePassed; an answer that has begun ends as "cancelled"
-        then.
+        then. notify: called by whoever makes the steps when a piece has come, so that an event loop need not
+        wait in a thread; it must return at once and not raise.
 
         Raises SeekVLError for a prompt that leaves no room for an answer, QueueFull beyond the limit,
         EngineStopped when the engine is closed.
         """
         if deadline is not None and not deadline > 0:
             raise SeekVLError(f"deadline must be above 0 seconds, not {deadline}")
-        return self._enqueue(self._start(request), client=client, deadline=deadline)
+        return self._enqueue(self._start(request), client=client, deadline=deadline, notify=notify)
 
     def answer(
         self, requests: Sequence[Request], *, cancel: Callable[[], bool] | None = None
@@ -226,7 +234,14 @@ class Engine:
         """Make the row of a request, if it has room for an answer."""
         return start_row(self.model.config, self.tokenizer, request, guess=self.limits.guess)
 
-    def _enqueue(self, row: Row, *, client: str = "", deadline: float | None = None) -> Handle:
+    def _enqueue(
+        self,
+        row: Row,
+        *,
+        client: str = "",
+        deadline: float | None = None,
+        notify: Callable[[], None] | None = None,
+    ) -> Handle:
         """Let a row wait for its slot."""
         job = Job(
             prompt=read_prompt(row.request.inputs, chunk=self.limits.chunk, seamless=self._runner.seamless()),
@@ -234,7 +249,7 @@ class Engine:
             client=client,
             deadline=None if deadline is None else time.monotonic() + deadline,
         )
-        handle = Handle(self, job)
+        handle = Handle(self, job, notify=notify)
         with self._state:
             self._check_open()
             self._scheduler.add(job)
@@ -395,9 +410,11 @@ class Engine:
         pieces: list[Piece] = []
         while not row.done:
             began = time.perf_counter()
-            (token,) = choose(logits[len(pieces)][None], [row.sampler])
+            scores, most = logits[len(pieces)], row.request.params.logprobs
+            (token,) = choose(scores[None], [row.sampler])
+            told = None if most is None else likelihood(scores, token, most=most)
             row.clock.decode += time.perf_counter() - began
-            pieces.append(row.take(token))
+            pieces.append(row.take(token, likelihood=told))
             if fed[len(pieces) : len(pieces) + 1] != [token]:
                 break
         guessed, right = max(0, len(fed) - 1), len(pieces) - 1

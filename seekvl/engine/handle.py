@@ -1,6 +1,6 @@
 """An answer as its asker holds it: pieces that come, a way to stop them, and what may come instead."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,8 @@ class Handle:
     for one thread; `cancel` may be called from any.
     """
 
-    def __init__(self, engine: "Engine", job: Job) -> None:
-        self._engine, self._job = engine, job
+    def __init__(self, engine: "Engine", job: Job, *, notify: Callable[[], None] | None = None) -> None:
+        self._engine, self._job, self._notify = engine, job, notify
         self._arrived: SimpleQueue[Piece | BaseException] = SimpleQueue()
         self._next: Piece | BaseException | None = None
         self._over = False
@@ -88,3 +88,5 @@ class Handle:
     def put(self, item: Piece | BaseException) -> None:
         """Add what comes next, an error at last; the engine calls it."""
         self._arrived.put(item)
+        if self._notify is not None:
+            self._notify()

@@ -36,6 +36,10 @@ class SamplingParams:
     Tokens of the prompt do not count in DeepSeek-VL, whose reference feeds embeddings and never sees their
     ids; in DeepSeek-VL2 they do, see `Request.penalise_prompt`.
     """
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens already generated, once each (as in the OpenAI API)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens already generated, as often as they were."""
     seed: int | None = None
     """Makes draws repeatable; None: fresh ones each time."""
     stop: str | tuple[str, ...] | None = None
@@ -46,7 +50,12 @@ class SamplingParams:
     mapping: JSON that this JSON schema allows, which needs the extra `json`. None: no constraint.
 
     Only tokens with text are offered then. Cancelled answers may end inside of a box or text of the list, no
-    others; JSON may also be cut by "length". Numbers of boxes are exempt from the repetition penalty.
+    others; JSON may also be cut by "length". Numbers of boxes are exempt from the penalties.
+    """
+    logprobs: int | None = None
+    """How many of the likeliest tokens are told beside each token of the answer and its own log-probability
+    (`Piece.likelihood`); None tells nothing. They come from the raw logits: penalties, temperature and
+    constraint have no part in them.
     """
 
     def __post_init__(self) -> None:
@@ -54,6 +63,8 @@ class SamplingParams:
         _number("temperature", self.temperature)
         _number("top_p", self.top_p)
         _number("repetition_penalty", self.repetition_penalty)
+        _number("presence_penalty", self.presence_penalty)
+        _number("frequency_penalty", self.frequency_penalty)
         if self.temperature < 0:
             raise SeekVLError(
                 f"temperature {self.temperature} is negative; use 0 for the likeliest token, or more"
@@ -68,6 +79,8 @@ class SamplingParams:
             )
         if self.top_k is not None:
             _whole("top_k", self.top_k, least=1)
+        if self.logprobs is not None:
+            _whole("logprobs", self.logprobs, least=0)
         if self.seed is not None:
             _whole("seed", self.seed, least=None)
         for text in self.stops:
@@ -94,7 +107,13 @@ class SamplingParams:
     @property
     def plain_greedy(self) -> bool:
         """Whether the next token is simply the one with the largest logit."""
-        return self.temperature == 0 and self.repetition_penalty == 1.0 and self.constrain is None
+        return self.temperature == 0 and not self.penalises and self.constrain is None
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens already generated change the next choice."""
+        given = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return given != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +189,15 @@ class Completion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Likelihood:
+    """How likely a token was, by the raw logits; natural logarithms."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens and their log-probabilities, the likeliest first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
     """A step of a streamed answer; the texts of all pieces, joined, equal the answer's text."""
 
@@ -177,6 +205,8 @@ class Piece:
     """Letters that are final now; often empty, while a letter or a possible stop string is incomplete."""
     token_id: int | None
     """The token just generated; None for a last piece without one."""
+    likelihood: Likelihood | None = None
+    """How likely that token was, where `SamplingParams.logprobs` asks for it."""
     completion: Completion | None = None
     """The whole answer, in the last piece only."""
 

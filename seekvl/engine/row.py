@@ -7,7 +7,7 @@ from torch import Tensor
 from seekvl.engine.constrain import constraint_for
 from seekvl.engine.guess import Guesser
 from seekvl.engine.reply import Reply
-from seekvl.engine.request import Completion, FinishReason, Piece, Request, Timings, Usage
+from seekvl.engine.request import Completion, FinishReason, Likelihood, Piece, Request, Timings, Usage
 from seekvl.engine.sampler import Sampler
 from seekvl.models.vl2 import AnyConfig
 from seekvl.processing.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class Row:
         """The token that was chosen last and is fed next."""
         return self.sampler.generated[-1]
 
-    def take(self, token: int) -> Piece:
+    def take(self, token: int, *, likelihood: Likelihood | None = None) -> Piece:
         """Add a token to the answer."""
         if token == self.end_id:
             return self.end("stop")
@@ -58,13 +58,20 @@ class Row:
         text = self.reply.push(token)
         constraint = self.sampler.constraint
         if self.reply.stopped or (constraint is not None and constraint.over):
-            return self.end("stop", text=text, token=token)
+            return self.end("stop", text=text, token=token, likelihood=likelihood)
         if self.room == 0:
-            return self.end("length", text=text, token=token)
-        return Piece(text=text, token_id=token)
+            return self.end("length", text=text, token=token, likelihood=likelihood)
+        return Piece(text=text, token_id=token, likelihood=likelihood)
 
-    def end(self, reason: FinishReason, *, text: str = "", token: int | None = None) -> Piece:
-        """Finish the answer; `text` and `token` come from its last token."""
+    def end(
+        self,
+        reason: FinishReason,
+        *,
+        text: str = "",
+        token: int | None = None,
+        likelihood: Likelihood | None = None,
+    ) -> Piece:
+        """Finish the answer; `text`, `token` and its likelihood come from its last token."""
         self.done = True
         text += self.reply.finish()
         ids, bill, clock = self.sampler.generated, self.request.inputs.bill, self.clock
@@ -87,7 +94,7 @@ class Row:
                 decode=clock.decode,
             ),
         )
-        return Piece(text=text, token_id=token, completion=completion)
+        return Piece(text=text, token_id=token, likelihood=likelihood, completion=completion)
 
 
 def start_row(config: AnyConfig, tokenizer: Tokenizer, request: Request, *, guess: int) -> Row:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seekvl.engine.constrain import Constraint
-from seekvl.engine.request import SamplingParams
+from seekvl.engine.request import Likelihood, SamplingParams
 from seekvl.runtime import SeekVLError, torch_generator
 
 
@@ -65,6 +65,7 @@ def choose_one(logits: Tensor, sampler: Sampler) -> int:
     if constraint is None or not constraint.exempt:
         seen = sampler.prompt.union(sampler.generated)
         scores = penalise(logits, seen, penalty=params.repetition_penalty)
+        scores = subtract(scores, sampler.generated, params)
     if constraint is None:
         return _draw(scores, sampler)
     token = _draw(constraint.narrow(scores), sampler)
@@ -102,6 +103,28 @@ def penalise(logits: Tensor, seen: Collection[int], *, penalty: float) -> Tensor
     picked = scores[index]
     scores[index] = torch.where(picked < 0, picked * penalty, picked / penalty)
     return scores
+
+
+def subtract(scores: Tensor, generated: Sequence[int], params: SamplingParams) -> Tensor:
+    """Subtract presence and frequency penalties from the scores f[v] of tokens already generated."""
+    if not generated or (params.presence_penalty, params.frequency_penalty) == (0.0, 0.0):
+        return scores
+    index, counts = torch.tensor(generated, device=scores.device).unique(return_counts=True)
+    lowered = scores.clone()
+    lowered[index] -= params.presence_penalty + params.frequency_penalty * counts
+    return lowered
+
+
+def likelihood(logits: Tensor, token: int, *, most: int) -> Likelihood:
+    """Return how likely a token is by logits f32[v], with so many of the likeliest.
+
+    >>> likelihood(torch.tensor([0.0, 0.0]).log_softmax(0), 1, most=1).logprob
+    -0.6931471824645996
+    """
+    logprobs = logits.float().log_softmax(-1)
+    top = logprobs.topk(min(most, len(logprobs)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return Likelihood(logprob=float(logprobs[token]), top=tuple(pairs))
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:

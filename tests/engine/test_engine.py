@@ -573,3 +573,37 @@ def test_random_requests_for_long(vlm: seekvl.VLM, tiled: seekvl.VLM, make: Make
         chunk=8 << seed,
         cache_bytes=tokens * 100,
     )
+
+
+def test_likelihoods_come_with_their_tokens_and_change_no_answer(
+    vlm: seekvl.VLM, prompts: list[ModelInput], make: Make
+) -> None:
+    plain = alone(vlm, make(prompts[1], max_new_tokens=6))
+    pieces = list(new_engine(vlm).submit(make(prompts[1], max_new_tokens=6, logprobs=2)))
+    told = [(piece.token_id, piece.likelihood) for piece in pieces if piece.token_id is not None]
+    assert [token for token, _ in told] == list(plain.token_ids)
+    for token, likelihood in told:
+        assert likelihood is not None
+        assert likelihood.top[0] == (token, likelihood.logprob)  # greedy takes the likeliest
+        assert likelihood.logprob <= 0.0
+        assert len(likelihood.top) == 2
+    silent = new_engine(vlm).submit(make(prompts[1], max_new_tokens=6))
+    assert all(piece.likelihood is None for piece in silent)
+
+
+def test_a_thread_tells_when_a_piece_has_come(
+    vlm: seekvl.VLM, prompts: list[ModelInput], make: Make
+) -> None:
+    engine, told = new_engine(vlm), threading.Semaphore(0)
+    engine.start()
+    try:
+        handle = engine.submit(make(prompts[0], max_new_tokens=5, end_id=-1), notify=told.release)
+        pieces = []
+        while not pieces or pieces[-1].completion is None:
+            assert told.acquire(timeout=60)
+            piece = handle.poll()
+            assert piece is not None
+            pieces.append(piece)
+        assert sum(piece.token_id is not None for piece in pieces) == 5
+    finally:
+        engine.close()

@@ -11,6 +11,9 @@ def test_defaults_are_greedy() -> None:
     assert SamplingParams().plain_greedy
     assert not SamplingParams(temperature=0.1).plain_greedy
     assert not SamplingParams(repetition_penalty=1.1).plain_greedy
+    assert not SamplingParams(presence_penalty=0.1).plain_greedy
+    assert not SamplingParams(frequency_penalty=-0.1).plain_greedy
+    assert SamplingParams(logprobs=3).plain_greedy
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from seekvl.engine.request import PENALTIES, SamplingParams
-from seekvl.engine.sampler import Sampler, choose, choose_one, distribution, penalise
+from seekvl.engine.sampler import Sampler, choose, choose_one, distribution, likelihood, penalise, subtract
 from seekvl.runtime import SeekVLError
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
@@ -76,6 +76,26 @@ def test_the_strongest_penalties_overflow_no_logit(penalty: float, temperature: 
     scores = penalise(logits, range(4), penalty=penalty)
     assert scores.isfinite().all()
     assert choose_one(logits, Sampler(params=params, generated=[0, 1, 2, 3])) == 0
+
+
+def test_presence_counts_a_token_once_and_frequency_as_often_as_it_came() -> None:
+    once = SamplingParams(presence_penalty=1.5)
+    assert subtract(LOGITS, [1, 1, 3], once).tolist() == [1.0, 1.5, 2.0, -2.5]
+    often = SamplingParams(frequency_penalty=1.5)
+    assert subtract(LOGITS, [1, 1, 3], often).tolist() == [1.0, 0.0, 2.0, -2.5]
+    assert subtract(LOGITS, [], often) is LOGITS
+    assert choose(LOGITS[None], [Sampler(params=once, generated=[1])]) == [2]
+    assert choose(LOGITS[None], [Sampler(params=SamplingParams(presence_penalty=-9.0), generated=[3])]) == [3]
+
+
+def test_likelihoods_are_those_of_the_raw_logits() -> None:
+    told = likelihood(LOGITS, 2, most=2)
+    expected = LOGITS.log_softmax(0)
+    assert told.logprob == pytest.approx(float(expected[2]))
+    assert [token for token, _ in told.top] == [1, 2]
+    assert [value for _, value in told.top] == pytest.approx(expected[[1, 2]].tolist())
+    assert likelihood(LOGITS, 0, most=0).top == ()
+    assert len(likelihood(LOGITS, 0, most=99).top) == len(LOGITS)
 
 
 def test_a_seed_repeats_and_another_differs() -> None:
