@@ -35,6 +35,10 @@ class SeekVLError(ValueError):
     """
 
 
+class PromptTooLongError(SeekVLError):
+    """A prompt has more tokens than the model or a limit takes."""
+
+
 def is_whole(value: object) -> bool:
     """Tell whether a value is a whole number; True and False are none.
 

@@ -312,14 +312,24 @@ class VLM:
         """Start a conversation whose past stays in the cache."""
         return Session(self, system=system)
 
-    def prepare(self, messages: Messages, params: SamplingParams) -> Request:
+    def renew_engine(self, *, queue: int | None = None) -> None:
+        """Answer with a new engine, which lets at most `queue` requests wait and knows nothing of earlier
+        ones; those of the former one end.
+        """
+        self.engine.close()
+        limits = choose_limits(self.model, chunk=self.prefill_chunk, queue=queue)
+        self.engine = Engine(self.model, self.tokenizer, limits=limits)
+
+    def prepare(self, messages: Messages, params: SamplingParams, *, max_tiles: int | None = None) -> Request:
         """Turn a conversation into what `engine.submit` takes: template, tokens, pixels.
 
-        Raises SeekVLError for what `chat` would refuse.
+        max_tiles: most tiles of a picture of DeepSeek-VL2 in this conversation; None leaves it to the
+        processor. Raises SeekVLError for what `chat` would refuse.
         """
         began = time.perf_counter()
         conversation = parse_messages(messages)
-        inputs = self.processor.encode(conversation)
+        processor = self.processor if max_tiles is None else self.processor.bounded(max_tiles)
+        inputs = processor.encode(conversation)
         return Request(
             inputs=inputs,
             params=params,

@@ -72,6 +72,11 @@ class Handle:
                 return False
         return True
 
+    @property
+    def waiting(self) -> bool:
+        """Whether it has no place in the cache yet; False once it has ended."""
+        return self._job.slot is None and not self._job.ended
+
     def result(self) -> Completion:
         """Draw all pieces that are left; return the completion."""
         completion = None

@@ -11,7 +11,7 @@ from seekvl.engine.request import Completion, FinishReason, Likelihood, Piece, R
 from seekvl.engine.sampler import Sampler
 from seekvl.models.vl2 import AnyConfig
 from seekvl.processing.tokenizer import Tokenizer
-from seekvl.runtime import SeekVLError
+from seekvl.runtime import PromptTooLongError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,7 +104,7 @@ def start_row(config: AnyConfig, tokenizer: Tokenizer, request: Request, *, gues
     """
     prompt, limit = len(request.inputs.input_ids), config.language.max_positions
     if prompt + 1 > limit:
-        raise SeekVLError(
+        raise PromptTooLongError(
             f"the prompt takes {prompt:,} tokens and the model's longest sequence is {limit:,}: "
             "no room for an answer; shorten the prompt"
         )

@@ -28,7 +28,7 @@ from seekvl.processing.tile_image import (
     prepare_tiles,
 )
 from seekvl.processing.tokenizer import Tokenizer
-from seekvl.runtime import SeekVLError, is_whole
+from seekvl.runtime import PromptTooLongError, SeekVLError, is_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +138,18 @@ class Processor:
             return pad_image.visual_tokens(self.image)
         return tile_image.visual_tokens(WHOLE, self.image)
 
+    def bounded(self, max_tiles: int) -> "Processor":
+        """Return this processor with another bound on the tiles of a picture."""
+        return Processor(
+            self.tokenizer,
+            self.image,
+            self.template,
+            preprocessing=self.preprocessing,
+            max_tokens=self.max_tokens,
+            max_tiles=max_tiles,
+            limits=self.limits,
+        )
+
     def __call__(self, messages: Sequence[Mapping[str, object]] | Conversation | str) -> ModelInput:
         """Encode a conversation in any accepted form, ready to be answered."""
         return self.encode(parse_messages(messages))
@@ -199,7 +211,7 @@ class Processor:
         tokens = self._tokens(pieces, slots=slots)
         bill = self._bill(tokens, slots)
         if bill.total > bill.limit:
-            raise SeekVLError(_over_limit(bill, least=isinstance(self.image, TileImageConfig)))
+            raise PromptTooLongError(_over_limit(bill, least=isinstance(self.image, TileImageConfig)))
         seen = [
             self._prepare(picture, number=number, pictures=len(pictures))
             for number, picture in enumerate(pictures, start=1)
@@ -213,7 +225,7 @@ class Processor:
             if bill.total > bill.limit:
                 room = bill.limit - bill.text_tokens
                 fitting = _fitting([picture.size for picture in seen], pictures, config=self.image, room=room)
-                raise SeekVLError(_over_limit(bill, grids=grids, fitting=fitting))
+                raise PromptTooLongError(_over_limit(bill, grids=grids, fitting=fitting))
         return ModelInput(
             input_ids=torch.tensor(tokens.ids, dtype=torch.int64),
             image_mask=torch.tensor(tokens.slots, dtype=torch.bool),

@@ -591,9 +591,7 @@ def test_likelihoods_come_with_their_tokens_and_change_no_answer(
     assert all(piece.likelihood is None for piece in silent)
 
 
-def test_a_thread_tells_when_a_piece_has_come(
-    vlm: seekvl.VLM, prompts: list[ModelInput], make: Make
-) -> None:
+def test_a_thread_tells_when_a_piece_has_come(vlm: seekvl.VLM, prompts: list[ModelInput], make: Make) -> None:
     engine, told = new_engine(vlm), threading.Semaphore(0)
     engine.start()
     try:

@@ -1,0 +1,303 @@
+"""`POST /v1/chat/completions`: the OpenAI dialect, whole or as a stream of chunks."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from seekvl.engine.request import Completion, Likelihood, Piece
+from seekvl.engine.request import Request as Prepared
+from seekvl.processing.tokenizer import Tokenizer
+from seekvl.serve import events
+from seekvl.serve.chat_request import ChatRequest, check_model, conversation, sampling
+from seekvl.serve.desk import Desk, client_of, desk_of, until_disconnected
+from seekvl.serve.errors import ApiError, error_event
+from seekvl.serve.grounding import Stripper, grounding, strip
+from seekvl.serve.notices import limits_met, notices, seen
+from seekvl.serve.service import Answering, failure
+
+router = APIRouter()
+
+NO_END = -1
+"""An end token that never comes, for `ignore_eos`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Chat:
+    """One request under way: what all its choices share."""
+
+    asked: ChatRequest
+    prepared: Prepared
+    tokenizer: Tokenizer
+    model: str
+    pictures: list[dict[str, object]]
+    notices: list[str]
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """Most tokens of an answer, as the caller said."""
+        return self.asked.max_completion_tokens or self.asked.max_tokens
+
+
+@dataclass(kw_only=True, slots=True)
+class Choice:
+    """One answer, whole."""
+
+    completion: Completion
+    tokens: list[dict[str, object]]
+    """Its tokens with their likelihoods, where they were asked for."""
+
+
+@router.post("/v1/chat/completions", tags=["OpenAI"])
+async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+    """Answer a conversation about pictures."""
+    desk = desk_of(request)
+    check_model(asked.model, desk.names)
+    chat = await begin(asked, desk=desk)
+    answerings = submit(chat, desk=desk, client=client_of(request))
+    if asked.stream:
+        chunks = events.kept_alive(stream(chat, answerings, desk=desk))
+        return StreamingResponse(chunks, headers=events.HEADERS)
+    async with until_disconnected(request):
+        choices = await asyncio.gather(*(finish(each, chat=chat, desk=desk) for each in answerings))
+    return JSONResponse(whole(chat, choices))
+
+
+async def begin(asked: ChatRequest, *, desk: Desk) -> Chat:
+    """Check a request and turn it into model input. Raises ApiError."""
+    sampling(asked, room=desk.context)  # what cannot be served is told before pictures are fetched
+    given = await conversation(asked.messages, desk=desk.pictures)
+    prepared = await desk.service.prepare(
+        given, sampling(asked, room=desk.context), max_tiles=asked.max_tiles
+    )
+    processor = desk.service.vlm.processor
+    return Chat(
+        asked=asked,
+        prepared=replace(prepared, end_id=NO_END if asked.ignore_eos else None),
+        tokenizer=processor.tokenizer,
+        model=asked.model,
+        pictures=seen(prepared.inputs, processor),
+        notices=notices(prepared.inputs, processor),
+    )
+
+
+def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
+    """Hand all choices to the engine, or none of them. Raises ApiError."""
+    room = desk.room(chat.prepared)
+    answerings: list[Answering] = []
+    try:
+        for choice in range(chat.asked.choices):
+            params = sampling(chat.asked, room=room, choice=choice)
+            prepared = replace(chat.prepared, params=params)
+            answerings.append(desk.service.submit(prepared, client=client))
+    except ApiError:
+        for answering in answerings:
+            answering.cancel()
+        raise
+    return answerings
+
+
+async def finish(answering: Answering, *, chat: Chat, desk: Desk) -> Choice:
+    """Draw an answer to its end. Raises ApiError."""
+    tokens: list[dict[str, object]] = []
+    async for piece in answering.pieces():
+        tokens += likelihoods(piece, chat.tokenizer)
+        if piece.completion is not None:
+            note(answering, piece.completion, desk=desk)
+            return Choice(completion=piece.completion, tokens=tokens)
+    raise ApiError(status=500, message="the answer has no end")
+
+
+def note(answering: Answering, completion: Completion, *, desk: Desk) -> None:
+    """Take down what an answer took."""
+    desk.metrics.answered(completion, first_seconds=answering.first_seconds or 0.0)
+
+
+def whole(chat: Chat, choices: Sequence[Choice]) -> dict[str, object]:
+    """Return the body of a plain answer."""
+    met = [line for choice in choices for line in limits_met(choice.completion, asked=chat.asked_tokens)]
+    return {
+        "id": chat.id,
+        "object": "chat.completion",
+        "created": chat.created,
+        "model": chat.model,
+        "choices": [_choice(chat, index, choice) for index, choice in enumerate(choices)],
+        "usage": usage([choice.completion for choice in choices]),
+        **extras(chat, [choice.completion for choice in choices], met=met),
+    }
+
+
+def _choice(chat: Chat, index: int, choice: Choice) -> dict[str, object]:
+    text = choice.completion.text
+    message: dict[str, object] = {
+        "role": "assistant",
+        "content": strip(text) if chat.asked.strip_tags else text,
+        "refusal": None,
+    }
+    boxes = grounding(text, sizes=chat.prepared.inputs.picture_sizes, stripped=chat.asked.strip_tags)
+    if boxes:
+        message["grounding"] = boxes
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": {"content": choice.tokens, "refusal": None} if chat.asked.logprobs else None,
+        "finish_reason": finish_reason(choice.completion),
+    }
+
+
+def finish_reason(completion: Completion) -> Literal["stop", "length"]:
+    """Return why an answer ended, in the words of the dialect; one cut by its time is too short, too."""
+    return "stop" if completion.finish_reason == "stop" else "length"
+
+
+def usage(completions: Sequence[Completion]) -> dict[str, object]:
+    """Count tokens: the prompt once, the answers together."""
+    first = completions[0].usage
+    answered = sum(completion.usage.completion_tokens for completion in completions)
+    return {
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": answered,
+        "total_tokens": first.prompt_tokens + answered,
+        "prompt_tokens_details": {"cached_tokens": first.cached_tokens, "image_tokens": first.image_tokens},
+    }
+
+
+def extras(chat: Chat, completions: Sequence[Completion], *, met: Sequence[str]) -> dict[str, object]:
+    """Return what the dialect does not know: notices, what was seen of the pictures, seconds spent."""
+    timings = completions[0].timings
+    return {
+        "notices": [*chat.notices, *met],
+        "pictures": chat.pictures,
+        "timings": {
+            "preprocess": timings.preprocess,
+            "vision": timings.vision,
+            "prefill": timings.prefill,
+            "decode": timings.decode,
+        },
+    }
+
+
+def likelihoods(piece: Piece, tokenizer: Tokenizer) -> list[dict[str, object]]:
+    """Return the token of a piece with its log-probability; nothing where none was asked for."""
+    if piece.token_id is None or piece.likelihood is None:
+        return []
+    told: Likelihood = piece.likelihood
+    top = [_token(tokenizer, token, logprob) for token, logprob in told.top]
+    return [{**_token(tokenizer, piece.token_id, told.logprob), "top_logprobs": top}]
+
+
+def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, object]:
+    raw = tokenizer.token_bytes(token, skip_specials=False)
+    return {"token": raw.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(raw)}
+
+
+async def stream(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> AsyncIterator[bytes]:
+    """Yield the events of all choices as their pieces come, then the usage and the end."""
+    with_usage = chat.asked.stream_options is not None and chat.asked.stream_options.include_usage
+    completions: dict[int, Completion] = {}
+    strippers = [Stripper() for _ in answerings]
+    for index in range(len(answerings)):
+        yield chunk(chat, index, delta={"role": "assistant", "content": ""}, with_usage=with_usage)
+    try:
+        async for index, piece in together(answerings):
+            yield from_piece(chat, index, piece, stripper=strippers[index], with_usage=with_usage)
+            if piece.completion is not None:
+                completions[index] = piece.completion
+                note(answerings[index], piece.completion, desk=desk)
+                yield last_chunk(chat, index, piece.completion, with_usage=with_usage)
+    except Exception as error:
+        yield events.data(error_event(failure(error)))
+        return
+    if with_usage:
+        ended = [completions[index] for index in sorted(completions)]
+        yield events.data({**_head(chat), "choices": [], "usage": usage(ended)})
+    yield events.data("[DONE]")
+
+
+def from_piece(chat: Chat, index: int, piece: Piece, *, stripper: Stripper, with_usage: bool) -> bytes:
+    """Return the chunk of a piece; nothing where it has neither letters nor likelihoods."""
+    text = piece.text
+    if chat.asked.strip_tags:
+        text = stripper.push(text, last=piece.completion is not None)
+    tokens = likelihoods(piece, chat.tokenizer)
+    if not text and not tokens:
+        return b""
+    return chunk(chat, index, delta={"content": text}, tokens=tokens, with_usage=with_usage)
+
+
+def last_chunk(chat: Chat, index: int, completion: Completion, *, with_usage: bool) -> bytes:
+    """Return the chunk that ends a choice, with its boxes and what else is only known now."""
+    sizes = chat.prepared.inputs.picture_sizes
+    boxes = grounding(completion.text, sizes=sizes, stripped=chat.asked.strip_tags)
+    met = limits_met(completion, asked=chat.asked_tokens)
+    return chunk(
+        chat,
+        index,
+        delta={"grounding": boxes} if boxes else {},
+        reason=finish_reason(completion),
+        more=extras(chat, [completion], met=met),
+        with_usage=with_usage,
+    )
+
+
+def chunk(
+    chat: Chat,
+    index: int,
+    *,
+    delta: dict[str, object],
+    with_usage: bool,
+    tokens: Sequence[dict[str, object]] = (),
+    reason: str | None = None,
+    more: dict[str, object] | None = None,
+) -> bytes:
+    """Write a chunk as an event."""
+    choice = {
+        "index": index,
+        "delta": delta,
+        "logprobs": {"content": list(tokens), "refusal": None} if tokens else None,
+        "finish_reason": reason,
+    }
+    counted = {"usage": None} if with_usage else {}
+    return events.data({**_head(chat), "choices": [choice], **counted, **(more or {})})
+
+
+def _head(chat: Chat) -> dict[str, object]:
+    return {
+        "id": chat.id,
+        "object": "chat.completion.chunk",
+        "created": chat.created,
+        "model": chat.model,
+    }
+
+
+async def together(answerings: Sequence[Answering]) -> AsyncIterator[tuple[int, Piece]]:
+    """Yield the pieces of several answers as they come; leaving early cancels all of them."""
+    arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+
+    async def draw(index: int, answering: Answering) -> None:
+        try:
+            async for piece in answering.pieces():
+                arrived.put_nowait((index, piece))
+        except Exception as error:
+            arrived.put_nowait((index, error))
+
+    drawing = [asyncio.create_task(draw(index, each)) for index, each in enumerate(answerings)]
+    try:
+        left = len(answerings)
+        while left:
+            index, piece = await arrived.get()
+            if isinstance(piece, Exception):
+                raise piece
+            yield index, piece
+            left -= piece.completion is not None
+    finally:
+        for task in drawing:
+            task.cancel()
+        await asyncio.gather(*drawing, return_exceptions=True)

@@ -1,0 +1,83 @@
+"""What the routes of all dialects share: settings, the model, pictures, figures, and who asks."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from seekvl.engine.request import Request as Prepared
+from seekvl.serve.errors import bad_request
+from seekvl.serve.metrics import ServerMetrics
+from seekvl.serve.pictures import PictureDesk
+from seekvl.serve.service import Service
+from seekvl.serve.settings import Settings
+
+SIMPLE = "-simple"
+"""Behind the name of the model that takes one picture and a prompt in the predictions API."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Desk:
+    """One for a server."""
+
+    settings: Settings
+    service: Service
+    pictures: PictureDesk
+    metrics: ServerMetrics
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The names the model answers to; in the predictions API they take different inputs."""
+        name = self.settings.model_name
+        return name, name + SIMPLE
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        vlm = self.service.vlm
+        return min(vlm.processor.max_tokens, vlm.config.language.max_positions)
+
+    def room(self, prepared: Prepared) -> int:
+        """Return the tokens that a prompt leaves for its answer. Raises ApiError where it leaves none."""
+        total = prepared.inputs.bill.total
+        if total >= self.context:
+            raise bad_request(
+                f"the prompt takes {total:,} tokens of a context of {self.context:,}: no room for an answer",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        return self.context - total
+
+
+def desk_of(request: Request) -> Desk:
+    """Return what the server of a request shares."""
+    desk = request.app.state.desk
+    assert isinstance(desk, Desk)
+    return desk
+
+
+def client_of(request: Request) -> str:
+    """Return whose request this is, for turns that are fair: a key, or an address."""
+    key = request.headers.get("authorization")
+    return key or (request.client.host if request.client else "")
+
+
+@contextlib.asynccontextmanager
+async def until_disconnected(request: Request) -> AsyncIterator[None]:
+    """Cancel what is done inside as soon as the caller hangs up."""
+    working = asyncio.current_task()
+    assert working is not None
+
+    async def listen() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        working.cancel("the caller hung up")
+
+    listening = asyncio.create_task(listen())
+    try:
+        yield
+    finally:
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)

@@ -1,0 +1,75 @@
+"""Event streams: what goes over the wire, and the comments that keep proxies from closing it."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+
+KEEP_ALIVE_SECONDS = 15.0
+COMMENT = b": still at work\n\n"
+HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would collect it
+}
+
+
+def data(value: Mapping[str, object] | str) -> bytes:
+    r"""Write an event without a name; a mapping becomes JSON.
+
+    >>> data("[DONE]")
+    b'data: [DONE]\n\n'
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"data: {text}\n\n".encode()
+
+
+def event(name: str, value: Mapping[str, object] | str, *, number: int | None = None) -> bytes:
+    r"""Write an event with a name and perhaps an id; raw text takes a line of data for each of its lines.
+
+    Separators other than \n that `str.splitlines` knows would cut the rest of a line off in a client that
+    uses it; they are sent as \n.
+
+    >>> event("output", "a\nb", number=3)
+    b'event: output\nid: 3\ndata: a\ndata: b\n\n'
+    """
+    if isinstance(value, str):
+        lines = [line.rstrip("\r\n") for line in _lines(value)]
+    else:
+        lines = [json.dumps(value, ensure_ascii=False)]
+    head = f"event: {name}\n" + ("" if number is None else f"id: {number}\n")
+    return (head + "".join(f"data: {line}\n" for line in lines) + "\n").encode()
+
+
+def _lines(text: str) -> list[str]:
+    r"""Cut a text at every separator; a text that ends in one has an empty line behind it.
+
+    >>> _lines("\n"), _lines("a")
+    (['', ''], ['a'])
+    """
+    cut = text.splitlines()
+    return [*cut, ""] if not text or text.splitlines(keepends=True)[-1] != cut[-1] else cut
+
+
+async def kept_alive(
+    events: AsyncIterator[bytes], *, seconds: float = KEEP_ALIVE_SECONDS
+) -> AsyncIterator[bytes]:
+    """Pass events on, with a comment whenever none has come for so long."""
+    coming: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            if coming is None:
+                coming = asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait([coming], timeout=seconds)
+            if not done:
+                yield COMMENT
+                continue
+            finished, coming = coming, None
+            try:
+                yield finished.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        if coming is not None:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        await events.aclose()  # type: ignore[attr-defined]  # always an async generator

@@ -1,0 +1,175 @@
+"""Pictures of a request: from a data: or web address, or an uploaded file, to decoded pixels, or an error
+that names the field.
+"""
+
+import base64
+import binascii
+import io
+import re
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from PIL import Image
+
+from seekvl.processing.picture import DECODE_ERRORS, PictureLimits, open_picture
+from seekvl.runtime import SeekVLError
+from seekvl.serve.errors import bad_request
+from seekvl.serve.fetch import FetchError, Rules, Web
+from seekvl.serve.settings import Settings
+
+MAGIC = {
+    "PNG": b"\x89PNG\r\n\x1a\n",
+    "JPEG": b"\xff\xd8\xff",
+    "GIF": b"GIF8",
+    "BMP": b"BM",
+    "WEBP": b"RIFF",
+}
+"""How files of the formats that are taken begin; what a caller says of the type is ignored."""
+DECODERS = 2
+"""Threads that decode pictures."""
+
+Stored = Callable[[str], Awaitable[bytes | None]]
+"""Returns the bytes of a file of this server by its address, None for any other address."""
+
+
+async def nothing_stored(url: str) -> bytes | None:
+    """Know no files."""
+    return None
+
+
+def picture_format(data: bytes) -> str | None:
+    """Tell the format of a picture by its first bytes; None for what is not taken.
+
+    >>> picture_format(b"GIF89a..."), picture_format(b"<svg>")
+    ('GIF', None)
+    """
+    for name, magic in MAGIC.items():
+        if data.startswith(magic) and (name != "WEBP" or data[8:12] == b"WEBP"):
+            return name
+    return None
+
+
+class PictureDesk:
+    """Opens the pictures of requests within the limits of the server."""
+
+    def __init__(self, settings: Settings, *, stored: Stored = nothing_stored) -> None:
+        self.settings = settings
+        self.seconds: Callable[[float], None] = lambda seconds: None
+        """Is told what each picture took."""
+        self._stored = stored
+        self._web = Web(
+            Rules(
+                allowed=settings.fetch_hosts,
+                max_bytes=settings.max_picture_bytes,
+                seconds=settings.fetch_seconds,
+            )
+        )
+        self._limits = PictureLimits(max_pixels=settings.max_pixels, max_bytes=settings.max_picture_bytes)
+        self._decoders = CapacityLimiter(DECODERS)
+
+    async def open(self, url: str, *, param: str) -> Image.Image:
+        """Return the picture at an address. Raises ApiError naming the field `param`."""
+        began = time.monotonic()
+        data = await self._read(url, param=param)
+        picture = await self.decode(data, param=param)
+        self.seconds(time.monotonic() - began)
+        return picture
+
+    async def decode(self, data: bytes, *, param: str) -> Image.Image:
+        """Return the picture that some bytes hold. Raises ApiError naming the field `param`."""
+        most = self.settings.max_picture_bytes
+        if len(data) > most:
+            message = f"the picture has {len(data):,} bytes, at most {most:,} are taken; scale it down"
+            raise bad_request(message, param=param, code="image_too_large")
+        if picture_format(data) is None:
+            raise bad_request(
+                "this is no picture that is taken: use PNG, JPEG, WebP, GIF or BMP",
+                param=param,
+                code="invalid_image",
+            )
+        self._check_size(data, param=param)
+        try:
+            return await anyio.to_thread.run_sync(self._open, data, limiter=self._decoders)
+        except SeekVLError as error:
+            raise bad_request(str(error), param=param, code="invalid_image") from error
+
+    def check_count(self, pictures: int, *, param: str) -> None:
+        """Refuse a request with too many pictures."""
+        most = self.settings.max_pictures
+        if pictures > most:
+            message = f"the request has {pictures} pictures, at most {most} are taken"
+            raise bad_request(message, param=param, code="too_many_images")
+
+    def _open(self, data: bytes) -> Image.Image:
+        return open_picture(data, limits=self._limits)
+
+    def _check_size(self, data: bytes, *, param: str) -> None:
+        """Refuse a picture whose header tells of too many pixels, before anything is decoded."""
+        try:
+            with Image.open(io.BytesIO(data)) as header:
+                width, height = header.size
+        except Image.DecompressionBombError:
+            width = height = self.settings.max_pixels
+        except DECODE_ERRORS:  # what is wrong with it is told by the decoder, in a thread
+            return
+        if width * height > self.settings.max_pixels:
+            message = (
+                f"the picture has {width}x{height} px, at most {self.settings.max_pixels:,} pixels are taken"
+            )
+            raise bad_request(message, param=param, code="image_too_large")
+
+    async def _read(self, url: str, *, param: str) -> bytes:
+        """Return the bytes at an address."""
+        scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
+        try:
+            if scheme == "data":
+                return read_data_url(url, most=self.settings.max_picture_bytes)
+            stored = await self._stored(url)
+            if stored is not None:
+                return stored
+            if scheme in ("http", "https"):
+                if not self.settings.fetch:
+                    raise FetchError("this server fetches nothing; send a data: URL")
+                return await self._web.get(url)
+            if scheme == "file" and self.settings.file_root is not None:
+                return await anyio.to_thread.run_sync(read_file_url, url, self.settings.file_root)
+        except FetchError as error:
+            raise bad_request(f"the picture: {error}", param=param, code="invalid_image") from error
+        raise bad_request(
+            "a picture is given by a data: or an https: address", param=param, code="invalid_image"
+        )
+
+
+def read_data_url(url: str, *, most: int) -> bytes:
+    """Return the bytes of a data: URL. Raises FetchError."""
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise FetchError("a data: URL needs a comma before its data")
+    if len(body) > 2 * most:  # base64 takes 4/3, and line breaks are allowed
+        raise FetchError(f"more than {most:,} bytes")
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(body)
+    try:
+        raw = re.sub(rb"\s", b"", unquote(body, errors="strict").encode("ascii"))
+        return base64.b64decode(raw, validate=True)
+    except (binascii.Error, UnicodeError) as error:
+        raise FetchError("the data: URL is not valid base64") from error
+
+
+def read_file_url(url: str, root: Path) -> bytes:
+    """Return a file below a folder. Raises FetchError, with the same words whether it exists or not."""
+    refused = FetchError("no such file, or not one of the folder that may be read")
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise refused
+    try:
+        path = Path(unquote(parts.path, errors="strict")).resolve(strict=True)
+        if not path.is_relative_to(root.resolve(strict=True)) or not path.is_file():
+            raise refused
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise refused from error

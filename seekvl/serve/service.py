@@ -1,0 +1,281 @@
+"""The model behind the server: loaded while the port is open already, kept answering, let go in good order.
+
+starting --> ready <--> restarting          draining --> stopped
+    |          |             |                 ^
+    +--> failed <------------+     (a signal) -+
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Literal
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+
+from seekvl.engine.handle import DeadlinePassed, EngineStopped, Handle
+from seekvl.engine.request import Piece, Request, SamplingParams
+from seekvl.engine.scheduler import QueueFull
+from seekvl.processing.conversation import Conversation
+from seekvl.processing.picture import PictureLimits
+from seekvl.runtime import PromptTooLongError, SeekVLError
+from seekvl.serve.errors import ApiError, bad_request
+from seekvl.serve.settings import Settings
+from seekvl.vlm import VLM, load
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["starting", "ready", "restarting", "failed", "draining", "stopped"]
+
+READERS = 2
+"""Threads that turn conversations into model input, beside the engine's."""
+WATCH_SECONDS = 0.25
+"""Between two looks at the engine."""
+MOST_RESTARTS, RESTART_WINDOW = 3, 60.0
+"""An engine that dies more often than this within so many seconds is not started again."""
+RETRY_SECONDS = 5
+"""What a caller is told to wait for a server that is not ready."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Setup:
+    """How loading went, for `/health-check`."""
+
+    started_at: datetime
+    completed_at: datetime | None = None
+    logs: list[str] = field(default_factory=list)
+
+
+def load_model(settings: Settings) -> VLM:
+    """Load what the settings name."""
+    return load(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        preprocessing=settings.preprocessing,
+        max_tiles=settings.max_tiles,
+    )
+
+
+class Service:
+    """One model and its engine, for handlers of one event loop."""
+
+    def __init__(self, settings: Settings, *, load: Callable[[Settings], VLM] = load_model) -> None:
+        self.settings = settings
+        self.phase: Phase = "starting"
+        self.setup = Setup(started_at=datetime.now(UTC))
+        self.restarts = 0
+        """Times the engine's thread died and was started again."""
+        self._load = load
+        self._vlm: VLM | None = None
+        self._readers = CapacityLimiter(READERS)
+        self._deaths: list[float] = []
+
+    def start(self) -> None:
+        """Begin to load, in a thread of its own."""
+        threading.Thread(target=self._set_up, name="seekvl-load", daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be taken."""
+        return self.phase == "ready"
+
+    @property
+    def vlm(self) -> VLM:
+        """The model. Raises ApiError (503) while there is none."""
+        if self._vlm is None:
+            raise not_ready(self.phase)
+        return self._vlm
+
+    async def prepare(
+        self, conversation: Conversation, params: SamplingParams, *, max_tiles: int | None = None
+    ) -> Request:
+        """Turn a conversation into a request, in a thread.
+
+        Raises ApiError for a prompt that is too long, and for what else the model cannot be asked.
+        """
+        if not self.ready:
+            raise not_ready(self.phase)
+        try:
+            return await anyio.to_thread.run_sync(
+                partial(self.vlm.prepare, conversation, params, max_tiles=max_tiles), limiter=self._readers
+            )
+        except PromptTooLongError as error:
+            raise bad_request(str(error), param="messages", code="context_length_exceeded") from error
+        except SeekVLError as error:
+            raise bad_request(str(error), param="messages") from error
+
+    def submit(self, request: Request, *, client: str) -> "Answering":
+        """Hand a request to the engine; the answer is drawn in this event loop.
+
+        Raises ApiError: 400 for what the engine cannot do, 429 for a full queue, 503 when not ready.
+        """
+        if not self.ready:
+            raise not_ready(self.phase)
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+        def notify() -> None:
+            """Wake the handler; the engine's thread calls this, perhaps after the loop has ended."""
+            try:
+                loop.call_soon_threadsafe(arrived.set)
+            except RuntimeError:
+                log.debug("a piece came after the event loop had ended")
+
+        try:
+            handle = self.vlm.engine.submit(
+                request, client=client, deadline=self.settings.answer_seconds, notify=notify
+            )
+        except QueueFull as error:
+            raise ApiError(status=429, message=str(error), retry_after=RETRY_SECONDS) from error
+        except EngineStopped as error:
+            raise not_ready(self.phase) from error
+        except PromptTooLongError as error:
+            raise bad_request(str(error), param="messages", code="context_length_exceeded") from error
+        except SeekVLError as error:
+            raise bad_request(str(error)) from error
+        return Answering(handle, arrived=arrived, wait_seconds=self.settings.wait_seconds)
+
+    async def watch(self) -> None:
+        """Look after the engine for as long as the server runs; returns when the service has failed."""
+        while self.phase != "failed":
+            await asyncio.sleep(WATCH_SECONDS)
+            if self.phase == "ready" and not self.vlm.engine.alive:
+                await anyio.to_thread.run_sync(self._restart)
+
+    async def drain(self) -> None:
+        """Take nothing new; let running answers end within the time of grace, then cancel them."""
+        if self.phase in ("draining", "stopped"):
+            return
+        self.phase = "draining"
+        if self._vlm is not None:
+            engine = self._vlm.engine
+            await anyio.to_thread.run_sync(engine.drain, self.settings.grace_seconds)
+            await anyio.to_thread.run_sync(engine.close)
+        self.phase = "stopped"
+
+    def _set_up(self) -> None:
+        """Load the model and start its engine: the work of the thread."""
+        self._note(f"loading {self.settings.model}")
+        began = time.monotonic()
+        try:
+            vlm = self._load(self.settings)
+            vlm.processor.limits = PictureLimits(
+                max_pixels=self.settings.max_pixels, max_bytes=self.settings.max_picture_bytes
+            )
+            vlm.renew_engine(queue=self.settings.queue)
+            vlm.engine.start()
+        except Exception as error:
+            log.exception("the model could not be loaded")
+            self._note(f"failed: {error}")
+            self.phase = "failed"
+        else:
+            self._vlm = vlm
+            self._note(f"ready after {time.monotonic() - began:.1f} s on {vlm.device}, {vlm.dtype}")
+            if self.phase == "starting":  # not told to stop meanwhile
+                self.phase = "ready"
+        self.setup.completed_at = datetime.now(UTC)
+
+    def _restart(self) -> None:
+        """Start a new engine in the place of one that died, unless that happens again and again."""
+        self.phase = "restarting"
+        now = time.monotonic()
+        self._deaths = [death for death in self._deaths if death > now - RESTART_WINDOW] + [now]
+        if len(self._deaths) > MOST_RESTARTS:
+            self._note(f"failed: the engine died {len(self._deaths)} times within {RESTART_WINDOW:.0f} s")
+            self.phase = "failed"
+            return
+        self.vlm.renew_engine(queue=self.settings.queue)
+        self.vlm.engine.start()
+        self.restarts += 1
+        self._note(f"the engine died and was started again, restart {self.restarts}")
+        self.phase = "ready"
+
+    def _note(self, line: str) -> None:
+        log.info(line)
+        self.setup.logs.append(line)
+
+
+def not_ready(phase: Phase) -> ApiError:
+    """Say that nobody answers now, and whether to come back."""
+    why = {
+        "starting": "the model is still loading",
+        "restarting": "the engine is being started again",
+        "failed": "the model cannot answer; the server's log says why",
+    }.get(phase, "the server is shutting down")
+    return ApiError(status=503, message=why, retry_after=RETRY_SECONDS)
+
+
+class Answering:
+    """An answer as a handler draws it; leaving its `pieces` early cancels it."""
+
+    def __init__(self, handle: Handle, *, arrived: asyncio.Event, wait_seconds: float) -> None:
+        self._handle, self._arrived, self._wait = handle, arrived, wait_seconds
+        self._begun = time.monotonic()
+        self.first_seconds: float | None = None
+        """From taking the request in to its first piece."""
+
+    def cancel(self) -> None:
+        """End the answer before the engine's next step; its last piece says so."""
+        self._handle.cancel()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield the pieces as they come, until the one with the completion.
+
+        Raises ApiError: 503 when the engine stopped or did not get to it in time, 400 for what the caller can
+        mend, 500 for the rest.
+        """
+        over = False
+        try:
+            await self._let_in()
+            while not over:
+                piece = await self._next()
+                if self.first_seconds is None:
+                    self.first_seconds = time.monotonic() - self._begun
+                over = piece.completion is not None
+                yield piece
+        finally:
+            if not over:
+                self._handle.cancel()
+
+    async def _let_in(self) -> None:
+        """Wait for the first piece, and give up on an answer that nobody begins in time."""
+        try:
+            await asyncio.wait_for(self._arrived.wait(), self._wait)
+        except TimeoutError as error:
+            if self._handle.waiting:
+                message = f"no place became free within {self._wait:g} s; try again later"
+                raise ApiError(status=503, message=message, retry_after=RETRY_SECONDS) from error
+
+    async def _next(self) -> Piece:
+        """Wait for the next piece."""
+        while True:
+            self._arrived.clear()
+            try:
+                piece = self._handle.poll()
+            except Exception as error:
+                raise failure(error) from error
+            if piece is not None:
+                return piece
+            await self._arrived.wait()
+
+
+def failure(error: Exception) -> ApiError:
+    """Say what made an answer fail."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, DeadlinePassed):
+        return ApiError(
+            status=503, message="the request waited too long for its turn", retry_after=RETRY_SECONDS
+        )
+    if isinstance(error, EngineStopped):
+        return ApiError(status=503, message=f"the answer was lost: {error}", retry_after=RETRY_SECONDS)
+    if isinstance(error, SeekVLError):
+        return bad_request(str(error))
+    log.error("an answer failed", exc_info=error)
+    return ApiError(status=500, message="the answer failed; the server's log says why")
