@@ -183,7 +183,7 @@ def stage2() -> Stage:
     """
     return Stage(
         name="stage2",
-        steps=1800,
+        steps=1000,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.3),
@@ -197,7 +197,7 @@ def stage3() -> Stage:
     """Supervised fine-tuning of everything (2412.10302, sec. 3)."""
     return Stage(
         name="stage3",
-        steps=3000,
+        steps=2300,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100),
