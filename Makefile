@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-slow test-gpu check bench clean
+.PHONY: help demo test test-slow test-gpu test-arm check bench clean
 
 help:
 	@echo "make demo       answer a question about a picture in examples/ with the bundled model"
@@ -13,6 +13,7 @@ help:
 	@echo "make check      the same without the tests"
 	@echo "make test-slow  tests that take minutes"
 	@echo "make test-gpu   tests that need CUDA"
+	@echo "make test-arm   the ARM kernels in an emulator; wants g++-aarch64-linux-gnu and qemu-user (Debian's names)"
 	@echo "make bench      the CPU kernels beside torch; speed and memory beside transformers, same weights, one run"
 
 $(VENV)/.base: pyproject.toml constraints.txt setup.py $(wildcard seekvl/engine/kernels/src/*)
@@ -43,6 +44,9 @@ test-slow: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu
+
+test-arm: $(VENV)/.dev
+	$(BIN)/pytest -m arm tests/engine/kernels/test_arm.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py

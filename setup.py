@@ -26,6 +26,21 @@ X86_FLAGS = {
 """What the sources of a level may use beyond the baseline; on other processors they compile to nothing."""
 
 
+FLAGS = (
+    *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-pthread"),
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC 12 warns of its own headers
+)
+
+
+def flags_for(stem: str, *, x86: bool) -> list[str]:
+    """Return the flags of a source, named without its ending, for x86 or for another processor."""
+    level = X86_FLAGS.get(stem, ()) if x86 else ()
+    packed = (
+        ("-ffp-contract=off",) if stem.startswith("packed") else ()
+    )  # inputs are rounded alike everywhere
+    return [*FLAGS, *level, *packed]
+
+
 class BuildKernels(build_ext):
     """Makes the one library, each source with flags of its own."""
 
@@ -35,18 +50,13 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link; setuptools makes a warning of an error, as the extension is optional."""
-        flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-pthread"]
-        flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns of its own headers
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         objects: list[str] = []
         for source in ext.sources:
-            level = X86_FLAGS.get(Path(source).stem, ()) if x86 else ()
-            if Path(source).stem.startswith("packed"):
-                level = (*level, "-ffp-contract=off")  # inputs are rounded alike on every level
             objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
-                extra_postargs=[*flags, *level],
+                extra_postargs=flags_for(Path(source).stem, x86=x86),
                 depends=ext.depends,
             )
         target = Path(self.get_ext_fullpath(ext.name))

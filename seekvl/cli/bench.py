@@ -21,10 +21,12 @@ def bench(
     ] = options.NANO,
     *,
     peer: Annotated[
-        Literal["transformers"] | None,
+        Literal["transformers", "llama.cpp"] | None,
         typer.Option(
             help="Measure this program as well: same weights, in alternation, after both have given the same "
-            "answers. It has DeepSeek-VL, not DeepSeek-VL2, and not seekvl-nano.",
+            "answers. transformers has DeepSeek-VL, not DeepSeek-VL2, and not seekvl-nano. llama.cpp runs "
+            "the text part of a DeepSeek-VL only: both are asked in words, one answer at a time; with "
+            "--quantize int8 or int4 it computes in its Q8_0 or Q4_0.",
             show_default=False,
         ),
     ] = None,
@@ -32,7 +34,7 @@ def bench(
         list[int] | None,
         typer.Option(
             min=1,
-            help="Answers decoded together; may be repeated. By default 1, 4 and 16.",
+            help="Answers decoded together; may be repeated. By default 1, 4 and 16; beside llama.cpp 1.",
             show_default=False,
         ),
     ] = None,
@@ -73,7 +75,7 @@ def bench(
     import torch
 
     from seekvl.evals.roofline import check_plot, draw_roofline
-    from seekvl.evals.speed import BATCHES, Settings
+    from seekvl.evals.speed import Settings
     from seekvl.evals.speed import bench as measure
     from seekvl.runtime import require
 
@@ -84,7 +86,7 @@ def bench(
         dtype=dtype,
         quantize=quantize,
         threads=threads or torch.get_num_threads(),
-        batches=tuple(batch or BATCHES),
+        batches=tuple(batch or ()),
         tokens=tokens,
         rounds=rounds,
         quiet=quiet,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seekvl.engine.cache import KVCache
-from seekvl.engine.forward import embed_prompt, prefill, prefill_hidden
+from seekvl.engine.forward import embed_prompt, feed, prefill, prefill_hidden
 from seekvl.models.vl2 import AnyVL
 from seekvl.processing.encode import ModelInput
 from seekvl.runtime import SeekVLError
@@ -42,7 +42,8 @@ class Score:
 def score_continuations(
     model: AnyVL, inputs: ModelInput, *, continuations: Sequence[Sequence[int]], chunk: int | None = None
 ) -> list[Score]:
-    """Score each continuation, given as token ids, after one prompt; the prompt is computed once.
+    """Score each continuation, given as token ids, after one prompt, which is computed once: a continuation
+    costs its own tokens. Where the kernels read prompts, both go through them.
 
     Raises SeekVLError, before anything is computed, for a continuation that is empty or too long.
     """
@@ -57,6 +58,7 @@ def score_continuations(
             )
     weight = model.language.embed_tokens.weight
     cache = KVCache(model.config.language, rows=1, device=weight.device, dtype=weight.dtype)
+    cache.reserve(prompt + max(map(len, continuations), default=0))
     first = prefill(model, inputs, cache=cache, row=0, chunk=chunk)  # v
     return [_score(model, first, ids, cache=cache, prompt=prompt) for ids in continuations]
 
@@ -66,11 +68,9 @@ def _score(model: AnyVL, first: Tensor, ids: Sequence[int], *, cache: KVCache, p
     target = torch.tensor(ids, device=first.device)  # c
     total = first.log_softmax(-1)[target[0]].double()
     if len(ids) > 1:
-        cache.reserve(prompt + len(ids))
-        view, count = cache.row(0), len(ids) - 1
-        embeds = model.embed(target[None, :-1])  # 1 c-1 d
-        hidden = model.hidden(embeds, positions=view.positions(count), mask=view.mask(count), cache=view)
-        for begin in range(0, count, HEAD_ROWS):
+        hidden = feed(model, model.embed(target[None, :-1]), cache=cache, slot=0)  # 1 c-1 d
+        cache.truncate(0, prompt)
+        for begin in range(0, len(ids) - 1, HEAD_ROWS):
             rows = model.head(hidden[0, begin : begin + HEAD_ROWS]).float().log_softmax(-1)
             picked = rows.gather(1, target[begin + 1 : begin + 1 + len(rows), None])
             total = total + picked.double().sum()

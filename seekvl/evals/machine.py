@@ -88,7 +88,7 @@ def processor() -> str:
 
 def fill_page_cache(folder: Path) -> None:
     """Read the weights of a checkpoint folder once, so that loading them is not a figure of the disk."""
-    for path in folder.glob("*.safetensors"):
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.gguf")):
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 24):
                 pass

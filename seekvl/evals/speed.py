@@ -2,7 +2,8 @@
 
 Memory read and matrix products are measured first, then load, vision, prefill and decoding, each program in
 processes of its own, in alternation. Nothing of a peer is timed before it has shown that it computes the same
-(`evals.peers.disagreement`).
+(`evals.peers.disagreement`). Beside llama.cpp, which is given the language model alone, there is no picture,
+and quantised weights are compared with its own formats after both have computed the same with plain ones.
 """
 
 import json
@@ -21,11 +22,13 @@ import torch
 from seekvl import __version__
 from seekvl.engine.plan import find_config, plan_pictures
 from seekvl.evals.ceilings import measure_ceilings
+from seekvl.evals.gguf import FORMATS, write_gguf
 from seekvl.evals.machine import fill_page_cache, processor, wait_until_quiet
 from seekvl.evals.random_weights import write_random
 from seekvl.evals.speed_process import PICTURE, Job, Measured, Side
 from seekvl.evals.speed_report import Figure, Report, decode, memory, works
 from seekvl.models.cost import parameters
+from seekvl.models.llama import Llama
 from seekvl.models.quantized import Kind
 from seekvl.models.vl2 import VL2Config
 from seekvl.presets import CHECKPOINTS, SHORT_NAMES
@@ -35,7 +38,15 @@ from seekvl.weights.load import BUNDLED, choose_format, find_folder, load_checkp
 from seekvl.weights.save import save_checkpoint
 from seekvl.weights.save_quantized import save_quantized
 
-Peer: TypeAlias = Literal["transformers"]
+Peer: TypeAlias = Literal["transformers", "llama.cpp"]
+
+PACKAGES: dict[Peer, tuple[str, ...]] = {
+    "transformers": ("transformers",),
+    "llama.cpp": ("llama_cpp", "gguf"),
+}
+"""What a peer is imported from, itself first."""
+EXTRAS: dict[Peer, str] = {"transformers": "transformers", "llama.cpp": "llama"}
+"""What brings them."""
 
 BATCHES = (1, 4, 16)
 """Answers decoded together by default."""
@@ -52,8 +63,10 @@ class Settings:
     """Format that the weights are written in first; None measures them as they are."""
     threads: int
     """CPU threads of each program."""
-    batches: tuple[int, ...] = BATCHES
-    """Answers decoded together; 1 is always among them."""
+    batches: tuple[int, ...] = ()
+    """Answers decoded together; 1 is always among them. None named are those of `BATCHES`, beside llama.cpp
+    1 alone.
+    """
     tokens: int = 32
     """Tokens of every answer."""
     rounds: int = 3
@@ -71,11 +84,15 @@ class Settings:
                 raise SeekVLError(f"a batch must have at least 1 answer, not {rows}")
         if self.peer not in (None, *get_args(Peer)):
             raise SeekVLError(f"peer {self.peer!r} is unknown; use {' or '.join(get_args(Peer))}")
-        if None not in (self.peer, self.quantize):
+        if self.peer == "transformers" and self.quantize is not None:
             raise SeekVLError(
-                f"{self.peer} computes with plain weights: measure {self.quantize} without a peer"
+                f"transformers computes with plain weights: measure {self.quantize} without a peer, or "
+                "beside llama.cpp"
             )
-        object.__setattr__(self, "batches", tuple(sorted({1, *self.batches})))
+        if self.peer == "llama.cpp" and not {1}.issuperset(self.batches):
+            raise SeekVLError("llama.cpp is measured with one answer at a time: leave larger batches out")
+        named = self.batches or (BATCHES if self.peer != "llama.cpp" else ())
+        object.__setattr__(self, "batches", tuple(sorted({1, *named})))
 
 
 def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say) -> Report:
@@ -91,7 +108,7 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
     config, kept = find_config(name), _kept(name, folder)
     kind = choose_format(config, settings.quantize, device="cpu")
     if settings.peer is not None:
-        _require_peer(settings.peer, config)
+        _require_peer(settings.peer, name, config)
     numbers = sum(parameters(config.model).values())
     dtype = select_dtype(settings.dtype, device=torch.device("cpu"), parameters=numbers)
     settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
@@ -100,14 +117,20 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
         model = _weights(
             name, config, kept or scratch / "weights", settings=settings, scratch=scratch, say=say
         )
+        plain, file = model, None
         if settings.quantize is not None and kind is not None and config.quantization is None:
-            model = _quantized(model, kind, settings=settings, scratch=scratch, say=say)
+            model = _quantized(plain, kind, settings=settings, scratch=scratch, say=say)
         wait_until_quiet(seconds=settings.quiet)
         say("measuring memory and products")
         ceilings = measure_ceilings(threads=settings.threads, dtype=settings.dtype)
+        if settings.peer == "llama.cpp":
+            file = _gguf(plain, None, settings=settings, scratch=scratch, say=say)
         if settings.peer is not None:
-            _compare(model, settings, scratch=scratch, say=say)
-        runs = _alternate(model, settings, say=say)
+            _compare(plain, settings, file=file, scratch=scratch, say=say)
+        if file is not None and kind is not None:
+            file.unlink()
+            file = _gguf(plain, kind, settings=settings, scratch=scratch, say=say)
+        runs = _alternate(model, settings, file=file, say=say)
     ours = runs["seekvl"]
     peer = None if settings.peer is None else runs[settings.peer]
     busy = [measured.neighbours for side in runs.values() for measured in side]
@@ -164,7 +187,7 @@ def _weights(
             say(f"writing random weights of {name}")
             write_random(CHECKPOINTS[published], folder)
         return str(folder)
-    if settings.peer is None or config.layout == "transformers":
+    if settings.peer != "transformers" or config.layout == "transformers":
         return name
     say("writing the weights in the layout of transformers")
     source = load_checkpoint(name, device="cpu", dtype=settings.dtype)
@@ -176,7 +199,7 @@ def _weights(
         )
     except SeekVLError as error:
         raise SeekVLError(
-            f"{settings.peer} cannot load {name} ({error}); measure it without a peer, or "
+            f"transformers cannot load {name} ({error}); measure it without a peer, or "
             "deepseek-vl-1.3b-chat with one"
         ) from error
     return str(target)
@@ -191,26 +214,50 @@ def _quantized(model: str, kind: Kind, *, settings: Settings, scratch: Path, say
     return str(target)
 
 
-def _require_peer(peer: Peer, config: CheckpointConfig) -> None:
+def _gguf(plain: str, kind: Kind | None, *, settings: Settings, scratch: Path, say: Say) -> Path:
+    """Write the language model of plain weights for llama.cpp; return the file, alone in a folder."""
+    say(f"writing the language model for llama.cpp, as {FORMATS[kind or DTYPES[settings.dtype]]}")
+    language = load_checkpoint(plain, device="cpu", dtype=settings.dtype).model.language
+    assert isinstance(language, Llama)
+    target = scratch / "llama.cpp" / "model.gguf"
+    target.parent.mkdir(exist_ok=True)
+    write_gguf(language, target, kind=kind)
+    return target
+
+
+def _require_peer(peer: Peer, name: str, config: CheckpointConfig) -> None:
     """Refuse a peer that is not installed or lacks the model."""
     if isinstance(config.model, VL2Config):
-        raise SeekVLError(f"{peer} has no DeepSeek-VL2; measure it without a peer, or a DeepSeek-VL with it")
-    require(peer, extra="transformers")
+        raise SeekVLError(
+            f"{peer} is measured with DeepSeek-VL only; measure it without a peer, or a DeepSeek-VL with it"
+        )
+    if config.quantization is not None:
+        raise SeekVLError(
+            f"{name} is quantised, and what {peer} loads is made from plain weights; name the checkpoint "
+            "that it was made from"
+        )
+    for package in PACKAGES[peer]:
+        require(package, extra=EXTRAS[peer])
 
 
 def _versions(peer: Peer | None) -> dict[str, str]:
     """Return the versions of what is measured."""
     found = {"seekvl": __version__, "torch": torch.__version__}
-    return found if peer is None else found | {peer: require(peer, extra="transformers").__version__}
+    if peer is None:
+        return found
+    package = require(PACKAGES[peer][0], extra=EXTRAS[peer])
+    return found | {package.__name__: package.__version__}
 
 
-def _compare(model: str, settings: Settings, *, scratch: Path, say: Say) -> None:
+def _compare(model: str, settings: Settings, *, file: Path | None, scratch: Path, say: Say) -> None:
     """Stop where the peer does not compute what seekvl does."""
     assert settings.peer is not None
     say(f"comparing answers with those of {settings.peer}")
     check = str(scratch / "logits.safetensors")
     ours = _run(replace(_job("seekvl", model, settings), check=check))
-    theirs = _run(replace(_job(settings.peer, model, settings), check=check, expected=tuple(ours["tokens"])))
+    theirs = _run(
+        replace(_job(settings.peer, model, settings, file=file), check=check, expected=tuple(ours["tokens"]))
+    )
     if theirs["disagreement"] is not None:
         raise SeekVLError(
             f"seekvl and {settings.peer} do not compute the same, so they are not timed: "
@@ -218,22 +265,22 @@ def _compare(model: str, settings: Settings, *, scratch: Path, say: Say) -> None
         )
 
 
-def _alternate(model: str, settings: Settings, *, say: Say) -> dict[str, list[Measured]]:
+def _alternate(model: str, settings: Settings, *, file: Path | None, say: Say) -> dict[str, list[Measured]]:
     """Measure the programs in turn; who goes first changes every round."""
     sides: list[Side] = ["seekvl"] if settings.peer is None else ["seekvl", settings.peer]
     runs: dict[str, list[Measured]] = {side: [] for side in sides}
     for number in range(settings.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
             say(f"round {number + 1} of {settings.rounds}: {side}")
-            fill_page_cache(find_folder(model))
+            fill_page_cache(file.parent if side == "llama.cpp" and file is not None else find_folder(model))
             if not wait_until_quiet(seconds=settings.quiet):
                 say("  the machine is not idle; ratios may hold, absolute figures do not")
-            runs[side].append(Measured(**_run(_job(side, model, settings))))
+            runs[side].append(Measured(**_run(_job(side, model, settings, file=file))))
     return runs
 
 
-def _job(side: Side, model: str, settings: Settings) -> Job:
-    """Return what a process shall do."""
+def _job(side: Side, model: str, settings: Settings, *, file: Path | None = None) -> Job:
+    """Return what a process shall do; file: what llama.cpp loads."""
     return Job(
         side=side,
         model=model,
@@ -241,7 +288,9 @@ def _job(side: Side, model: str, settings: Settings) -> Job:
         threads=settings.threads,
         batches=settings.batches,
         tokens=settings.tokens,
-        preprocessing="seekvl" if settings.peer is None else settings.peer,
+        shown=settings.peer != "llama.cpp",
+        file=None if file is None else str(file),
+        preprocessing="transformers" if settings.peer == "transformers" else "seekvl",
     )
 
 
@@ -282,7 +331,7 @@ def _figures(
         kind=report.quantize,
     )
     figures = []
-    for name, (unit, rows, value) in _values(batches).items():
+    for name, (unit, rows, value) in _values(batches, shown=report.image_tokens > 0).items():
         mine = statistics.median(map(value, ours))
         theirs = None if peer is None else statistics.median(map(value, peer))
         figure = Figure(name=name, unit=unit, ours=mine, peer=theirs)
@@ -296,14 +345,20 @@ def _figures(
     return tuple(figures)
 
 
-def _values(batches: Sequence[int]) -> dict[str, tuple[str, int, Callable[[Measured], float]]]:
-    """Return each figure's unit, its answers at once, and where a process has it."""
+def _values(
+    batches: Sequence[int], *, shown: bool
+) -> dict[str, tuple[str, int, Callable[[Measured], float]]]:
+    """Return each figure's unit, its answers at once, and where a process has it; "vision" where a picture
+    was shown.
+    """
     values: dict[str, tuple[str, int, Callable[[Measured], float]]] = {
         "load": ("s", 1, lambda measured: measured.load),
         "first token": ("s", 1, lambda measured: measured.first_token),
-        "vision": ("s", 1, lambda measured: measured.vision),
+        "vision": ("s", 1, lambda measured: measured.vision or 0.0),
         "prefill": ("s", 1, lambda measured: measured.prefill),
     }
+    if not shown:
+        del values["vision"]
     for rows in batches:
         values[decode(rows)] = ("tok/s", rows, lambda measured, key=str(rows): measured.decode[key])  # type: ignore[misc]  # a default binds the row
     for rows in batches:

@@ -6,7 +6,7 @@ cores of the other. `evals.speed` starts them:
     python -m seekvl.evals.speed_process JOB
 
 where JOB is a `Job` as JSON. seekvl is asked through what users hold (`load`, `chat`, `batch`), with another
-picture in every question, so that nothing is known from the one before.
+picture in every question, and forgets what it has kept of the one before, the system prompt among it.
 """
 
 import json
@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from seekvl.evals.machine import Neighbours, peak_memory
+from seekvl.evals.peer_llama import LlamaCpp
 from seekvl.evals.peers import Transformers, disagreement
 from seekvl.processing.choices import Preprocessing
 from seekvl.processing.encode import Processor
@@ -32,7 +34,7 @@ from seekvl.vlm import VLM, load
 from seekvl.weights.config import read_config
 from seekvl.weights.load import find_folder, load_tokenizer
 
-Side: TypeAlias = Literal["seekvl", "transformers"]
+Side: TypeAlias = Literal["seekvl", "transformers", "llama.cpp"]
 
 PICTURE = (384, 384)
 """Width and height of the pictures, px."""
@@ -57,6 +59,10 @@ class Job:
     """Answers decoded together, ascending."""
     tokens: int
     """Tokens of every answer."""
+    shown: bool = True
+    """Whether the questions show a picture; without one they have as many tokens, all of them words."""
+    file: str | None = None
+    """What llama.cpp loads: the language model as GGUF."""
     preprocessing: Preprocessing = "seekvl"
     """How pictures become pixels; beside a peer as the peer does it, so that both see the same."""
     check: str | None = None
@@ -75,10 +81,10 @@ class Measured:
     """Seconds from the call of load to the first token of the first answer: what is put off while loading,
     and the kernels made for new shapes, are in it.
     """
-    vision: float
-    """Seconds for a picture: towers and adaptor."""
+    vision: float | None
+    """Seconds for a picture: towers and adaptor; None where none was shown."""
     prefill: float
-    """Seconds from the picture's features to the first token."""
+    """Seconds from the picture's features, or from the words, to the first token."""
     decode: dict[str, float]
     """Tokens a second of all answers together, without their first tokens; by the number of answers."""
     memory: dict[str, float]
@@ -98,8 +104,8 @@ def main(text: str) -> dict[str, object]:
     torch.set_num_threads(job.threads)
     try:
         if job.check is not None:
-            return check_seekvl(job) if job.side == "seekvl" else check_transformers(job)
-        return asdict(measure_seekvl(job) if job.side == "seekvl" else measure_transformers(job))
+            return CHECKS[job.side](job)
+        return asdict(MEASUREMENTS[job.side](job))
     except SeekVLError as error:
         return {"error": str(error)}
 
@@ -112,12 +118,19 @@ def picture(number: int) -> Image.Image:
     return Image.fromarray((255 * np.stack(shades, axis=2)).astype(np.uint8))
 
 
-def question(processor: Processor, *, number: int = 0) -> list[dict[str, object]]:
-    """Return a conversation: a picture, and words of at least `TEXT_TOKENS` tokens."""
+def question(processor: Processor, *, number: int = 0, shown: bool = True) -> list[dict[str, object]]:
+    """Return a conversation: a picture, and words of at least `TEXT_TOKENS` tokens; not shown, more words
+    stand for the picture's tokens.
+    """
+    least = TEXT_TOKENS
+    if not shown:
+        least += sum(processor(question(processor)).bill.image_tokens)
     text = "What is in the picture?"
-    while len(processor.tokenizer.encode(text)) < TEXT_TOKENS:
+    while len(processor.tokenizer.encode(text)) < least:
         text += " What else?"
-    content = [{"type": "image", "image": picture(number)}, {"type": "text", "text": text}]
+    content: list[dict[str, object]] = [{"type": "text", "text": text}]
+    if shown:
+        content.insert(0, {"type": "image", "image": picture(number)})
     return [{"role": "user", "content": content}]
 
 
@@ -127,7 +140,7 @@ def measure_seekvl(job: Job) -> Measured:
     began = time.perf_counter()
     vlm = endless(job)
     loaded = time.perf_counter() - began
-    asked = question(vlm.processor)
+    asked = question(vlm.processor, shown=job.shown)
     bill = vlm.processor(asked).bill
     _require_room(job, prompt=bill.total, positions=vlm.config.language.max_positions)
     began = time.perf_counter()
@@ -141,8 +154,9 @@ def measure_seekvl(job: Job) -> Measured:
     def answer(rows: int) -> float:
         """Answer questions together; return the tokens a second."""
         nonlocal shown
-        asked = [question(vlm.processor, number=shown + row + 1) for row in range(rows)]
+        asked = [question(vlm.processor, number=shown + row + 1, shown=job.shown) for row in range(rows)]
         shown += rows
+        vlm.engine.forget()
         answers = vlm.batch(asked, max_new_tokens=job.tokens)
         for one in answers:
             vision.append(one.timings.vision)
@@ -154,7 +168,7 @@ def measure_seekvl(job: Job) -> Measured:
     return Measured(
         load=loaded,
         first_token=first_token,
-        vision=statistics.median(vision),
+        vision=statistics.median(vision) if job.shown else None,
         prefill=statistics.median(prefill),
         decode=decode,
         memory=memory,
@@ -207,6 +221,49 @@ def measure_transformers(job: Job) -> Measured:
     )
 
 
+def measure_llama(job: Job) -> Measured:
+    """Do the same with llama.cpp, with words alone."""
+    neighbours = Neighbours()
+    prompt = _words(job)
+    peer = _llama(job, positions=len(prompt) + job.tokens)
+    first = peer.answer(prompt, count=1)
+    prefill = list[float]()
+
+    def answer(rows: int) -> float:
+        """Answer the question; return the tokens a second."""
+        assert rows == 1, "llama.cpp is asked one question at a time"
+        reply = peer.answer(prompt, count=job.tokens)
+        prefill.append(reply.times[0])
+        return (job.tokens - 1) / (reply.times[-1] - reply.times[0])
+
+    decode, memory = _each_batch(job, answer)
+    return Measured(
+        load=peer.load,
+        first_token=peer.load + first.times[0],
+        vision=None,
+        prefill=statistics.median(prefill),
+        decode=decode,
+        memory=memory,
+        prompt_tokens=len(prompt),
+        image_tokens=0,
+        neighbours=neighbours.cores(),
+        level=None,
+    )
+
+
+def _llama(job: Job, *, positions: int) -> LlamaCpp:
+    """Load llama.cpp."""
+    assert job.file is not None
+    return LlamaCpp(Path(job.file), positions=positions, threads=job.threads, clock=time.perf_counter)
+
+
+def _words(job: Job) -> list[int]:
+    """Return the tokens of a question without a picture."""
+    processor = _processor(job)
+    tokens: list[int] = processor(question(processor, shown=False)).input_ids.tolist()
+    return tokens
+
+
 def _each_batch(job: Job, answer: Callable[[int], float]) -> tuple[dict[str, float], dict[str, float]]:
     """Answer in every batch until there is enough to tell; return median rates and the memory so far."""
     decode, memory = {}, {}
@@ -232,7 +289,7 @@ def _require_room(job: Job, *, prompt: int, positions: int) -> None:
 def check_seekvl(job: Job) -> dict[str, object]:
     """Write the logits after the prompt; return the greedy tokens that follow."""
     vlm = endless(job)
-    asked = question(vlm.processor)
+    asked = question(vlm.processor, shown=job.shown)
     assert job.check is not None
     save_file({"logits": vlm.logits(asked)[-1].clone()}, job.check)
     return {"tokens": vlm.chat(asked, max_new_tokens=COMPARED).token_ids}
@@ -242,11 +299,22 @@ def check_transformers(job: Job) -> dict[str, object]:
     """Say where transformers and seekvl do not compute the same."""
     peer = Transformers(Path(job.model), dtype=DTYPES[job.dtype], clock=time.perf_counter)
     processor = _processor(job)
-    tokens = list(job.expected)
-    theirs = peer.logits(processor(question(processor)), tokens=tokens)
+    theirs = peer.logits(processor(question(processor)), tokens=list(job.expected))
+    return _verdict(job, theirs)
+
+
+def check_llama(job: Job) -> dict[str, object]:
+    """Say where llama.cpp and seekvl do not compute the same."""
+    prompt, tokens = _words(job), list(job.expected)
+    peer = _llama(job, positions=len(prompt) + len(tokens))
+    return _verdict(job, peer.logits(prompt, tokens=tokens))
+
+
+def _verdict(job: Job, theirs: Tensor) -> dict[str, object]:
+    """Compare a peer's logits f32[k, v] with what seekvl has written."""
     assert job.check is not None
-    ours = load_file(job.check)["logits"]
-    return {"disagreement": disagreement(ours, theirs, tokens=tokens, dtype=DTYPES[job.dtype])}
+    ours, dtype = load_file(job.check)["logits"], DTYPES[job.dtype]
+    return {"disagreement": disagreement(ours, theirs, tokens=list(job.expected), dtype=dtype)}
 
 
 def _processor(job: Job) -> Processor:
@@ -261,6 +329,19 @@ def _processor(job: Job) -> Processor:
         preprocessing=job.preprocessing,
         max_tokens=config.max_tokens,
     )
+
+
+MEASUREMENTS: dict[Side, Callable[[Job], Measured]] = {
+    "seekvl": measure_seekvl,
+    "transformers": measure_transformers,
+    "llama.cpp": measure_llama,
+}
+
+CHECKS: dict[Side, Callable[[Job], dict[str, object]]] = {
+    "seekvl": check_seekvl,
+    "transformers": check_transformers,
+    "llama.cpp": check_llama,
+}
 
 
 if __name__ == "__main__":

@@ -113,13 +113,16 @@ class Report:
         mean, most = self.neighbours
         kernels = "torch" if self.level is None else f"kernels {self.level}"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        pictures = f"{self.image_tokens:,} of them 1 picture" if self.image_tokens else "all of them words"
+        words = [f"{self.peer} runs the text part only; seekvl loads and holds the picture towers, too"]
         return [
             f"{self.model} ({self.weights} weights), {self.quantize or self.dtype}, "
             f"{self.ceilings.threads} threads, {kernels}",
             f"{versions}; {self.machine}",
-            f"prompt of {self.prompt_tokens:,} tokens, {self.image_tokens:,} of them 1 picture; answers of "
-            f"{self.tokens:,}; median of {self.rounds} process{'es' * (self.rounds > 1)}",
+            f"prompt of {self.prompt_tokens:,} tokens, {pictures}; answers of {self.tokens:,}; "
+            f"median of {self.rounds} process{'es' * (self.rounds > 1)}",
             f"cores busy with other work: {mean:.2f} on average, {most:.2f} at most",
+            *(words if self.peer is not None and not self.image_tokens else []),
         ]
 
     def _ceilings(self) -> list[str]:

@@ -38,10 +38,11 @@ def test_figures_and_plot_of_the_bundled_model(run: Run, tmp_path: Path) -> None
     [
         (("--plot", "roof.svg"), 1, "ends in .png"),
         (("nobody/nothing",), 1, "downloads nothing"),
-        (("deepseek-vl2-tiny", "--peer", "transformers"), 1, "has no DeepSeek-VL2"),
+        (("deepseek-vl2-tiny", "--peer", "transformers"), 1, "measured with DeepSeek-VL only"),
         (("--peer", "transformers"), 1, "transformers cannot load seekvl-nano"),
         (("--peer", "ollama"), 2, "ollama"),
         (("--quantize", "int8", "--peer", "transformers"), 1, "measure int8 without a peer"),
+        (("--peer", "llama.cpp", "--batch", "4"), 1, "one answer at a time"),
         (("--quantize", "int2"), 2, "int2"),
         (("--batch", "0"), 2, "greater than or equal to 1"),
         (("--tokens", "1"), 2, "greater than or equal to 2"),

@@ -1,16 +1,23 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from seekvl.evals import speed
+from seekvl.evals.gguf import write_gguf
 from seekvl.evals.speed import Settings, bench
+from seekvl.models.llama import Llama
+from seekvl.models.quantized import Kind
 from seekvl.runtime import SeekVLError
-from seekvl.weights.load import BUNDLED
+from seekvl.weights.load import BUNDLED, load_checkpoint
+from seekvl.weights.save_quantized import save_quantized
 
 SMALL = Path(__file__).parents[1] / "golden" / "vl1-siglip"
-QUICK: dict[str, Any] = {"threads": 1, "batches": (2,), "tokens": 3, "rounds": 1, "quiet": 0.0}
+SINGLE: dict[str, Any] = {"threads": 1, "tokens": 3, "rounds": 1, "quiet": 0.0}
+QUICK = SINGLE | {"batches": (2,)}
 
 
 @pytest.fixture
@@ -54,6 +61,64 @@ def test_a_folder_beside_transformers() -> None:
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("model", "quantize"), [(str(SMALL), None), ("seekvl-nano", "int8"), ("seekvl-nano", "int4")]
+)
+def test_words_beside_llama_cpp(model: str, quantize: str | None) -> None:
+    pytest.importorskip("llama_cpp", reason="the extra llama is not installed")
+    said: list[str] = []
+    settings = Settings(**SINGLE, dtype="bfloat16", quantize=quantize, peer="llama.cpp")
+    report = bench(model, settings, say=said.append)
+    names = ["load", "first token", "prefill", "decode, batch 1", "memory, batch 1"]
+    assert [figure.name for figure in report.figures] == names
+    assert all(figure.ours > 0 and figure.peer is not None and figure.peer > 0 for figure in report.figures)
+    assert report.image_tokens == 0
+    assert report.prompt_tokens > 54 + 16
+    assert "llama.cpp runs the text part only" in report.table()
+    load = json.loads(report.json())["figures"]["load"]
+    assert load.keys() == {"ours", "unit", "peer", "ratio", "peer_name"}
+    assert load["peer_name"] == "llama.cpp"
+    order = [line for line in said if line.startswith(("comparing", "round", "writing the language"))]
+    assert order[:2] == [
+        "writing the language model for llama.cpp, as F16",
+        "comparing answers with those of llama.cpp",
+    ]
+    packed = {"int8": ["Q8_0"], "int4": ["Q4_0"]}.get(quantize or "", [])
+    assert order[2:] == [
+        *(f"writing the language model for llama.cpp, as {name}" for name in packed),
+        "round 1 of 1: seekvl",
+        "round 1 of 1: llama.cpp",
+    ]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_llama_cpp_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp", reason="the extra llama is not installed")
+
+    def wrong(network: Llama, path: Path, *, kind: Kind | None = None) -> None:
+        with torch.no_grad():
+            network.layers[0].attn.q_proj.weight.mul_(-1.0)  # type: ignore[union-attr, operator]  # a layer
+        write_gguf(network, path, kind=kind)
+
+    monkeypatch.setattr(speed, "write_gguf", wrong)
+    with pytest.raises(SeekVLError, match=r"seekvl and llama\.cpp do not compute the same, so they are not"):
+        bench(str(SMALL), Settings(**SINGLE, peer="llama.cpp"), say=print)
+
+
+def test_llama_cpp_wants_its_packages_and_plain_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = load_checkpoint(SMALL, device="cpu", dtype="float32")
+    tokenizer = source.folder / "tokenizer.json"
+    save_quantized(source.model, tmp_path / "int8", kind="int8", config=source.config, tokenizer=tokenizer)
+    with pytest.raises(SeekVLError, match=r"int8 is quantised, and what llama\.cpp loads is made from plain"):
+        bench(str(tmp_path / "int8"), Settings(**SINGLE, peer="llama.cpp"), say=print)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(SeekVLError, match=r"needs the package llama_cpp: pip install 'seekvl\[llama\]'"):
+        bench(str(SMALL), Settings(**SINGLE, peer="llama.cpp"), say=print)
+
+
+@pytest.mark.usefixtures("small")
 def test_a_quantised_model_is_measured_as_such() -> None:
     said: list[str] = []
     plain, report = (
@@ -79,7 +144,9 @@ def test_a_quantised_model_is_measured_as_such() -> None:
         ({"rounds": 0}, "rounds must be at least 1, not 0"),
         ({"quiet": float("nan")}, "quiet must be at least 0, not nan"),
         ({"batches": (4, 0)}, "at least 1 answer, not 0"),
-        ({"peer": "ollama"}, "peer 'ollama' is unknown; use transformers"),
+        ({"peer": "ollama"}, r"peer 'ollama' is unknown; use transformers or llama\.cpp"),
+        ({"peer": "transformers", "quantize": "int8"}, "measure int8 without a peer, or beside llama"),
+        ({"peer": "llama.cpp"}, "one answer at a time: leave larger batches out"),
     ],
 )
 def test_settings_that_cannot_be_meant(wrong: dict[str, object], says: str) -> None:
@@ -89,11 +156,14 @@ def test_settings_that_cannot_be_meant(wrong: dict[str, object], says: str) -> N
 
 def test_batches_are_sorted_and_hold_one() -> None:
     assert Settings(**QUICK | {"batches": (16, 4, 4)}).batches == (1, 4, 16)
+    assert Settings(threads=1).batches == (1, 4, 16)
+    assert Settings(threads=1, peer="llama.cpp").batches == (1,)
 
 
 def test_a_peer_that_lacks_the_model() -> None:
-    with pytest.raises(SeekVLError, match="transformers has no DeepSeek-VL2"):
-        bench("deepseek-vl2-tiny", Settings(**QUICK, peer="transformers"), say=print)
+    for peer in ("transformers", "llama.cpp"):
+        with pytest.raises(SeekVLError, match=f"{peer} is measured with DeepSeek-VL only"):
+            bench("deepseek-vl2-tiny", Settings(**SINGLE, peer=peer), say=print)
     with pytest.raises(SeekVLError, match=r"transformers cannot load seekvl-nano .*downsample channels"):
         bench("seekvl-nano", Settings(**QUICK, peer="transformers"), say=print)
 

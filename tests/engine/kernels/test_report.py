@@ -15,6 +15,8 @@ from seekvl.engine.kernels.packed import packed_linear
 from seekvl.engine.kernels.products import linear
 from seekvl.engine.kernels.prompts import prompt_logits
 from seekvl.engine.kernels.report import compare_with_torch
+from seekvl.models.deepseek_v2 import DeepseekV2
+from seekvl.models.quantized import QuantizedLinear
 from seekvl.runtime import SeekVLError
 
 
@@ -25,7 +27,8 @@ def test_it_names_the_level_and_the_difference(level: str, monkeypatch: pytest.M
     product, *whole = (float(number) for number in re.findall(r"(\S+) in a", said))
     assert 0 < product < 1e-3
     assert all(0 < difference < report.STEP_LIMIT for difference in whole)
-    assert len(whole) == (2 if level in MOST_ROWS else 1)
+    assert len(whole) == (3 if level in MOST_ROWS else 2)
+    assert " in a quantised step" in said
     assert said.endswith("in a prompt" if level in MOST_ROWS else "; torch reads prompts")
 
 
@@ -61,6 +64,29 @@ def test_a_wrong_step_is_an_error(native: Library, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(report, "decode", wrong)
     with pytest.raises(SeekVLError, match="differs by nan from torch in a decoding step, at most 1e-05"):
+        compare_with_torch()
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "says"),
+    [
+        (1e-3, slice(None), "in a decoding step of int8, at most 1e-05"),
+        (0.2, 0, "in a row of a decoding step of int8"),
+    ],
+)
+def test_a_wrong_quantised_step_is_an_error(
+    size: float, rows: slice | int, says: str, native: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(network: DeepseekV2, *args: Any, **more: Any) -> Tensor:
+        logits = decode(network, *args, **more)
+        assert logits is not None
+        if isinstance(network.lm_head, QuantizedLinear):
+            logits[rows] += size
+        return logits
+
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(report, "decode", wrong)
+    with pytest.raises(SeekVLError, match=says):
         compare_with_torch()
 
 
