@@ -197,7 +197,7 @@ def stage3() -> Stage:
     """Supervised fine-tuning of everything (2412.10302, sec. 3)."""
     return Stage(
         name="stage3",
-        steps=2300,
+        steps=1900,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100),
