@@ -23,15 +23,13 @@ layer the same gradients.
 
 import argparse
 import json
-import math
-import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from sides import OURS, Values, agree, fill, print_figures, take_turns
 from torch import Tensor, nn
 
 import seekvl
@@ -41,20 +39,18 @@ from seekvl.engine.kernels import decoder as kernels
 from seekvl.engine.kernels import prompts
 from seekvl.engine.kernels.accelerate import accelerate
 from seekvl.engine.kernels.compiled import choose_level
-from seekvl.evals.machine import Neighbours, peak_memory, processor, wait_until_quiet
+from seekvl.evals.machine import Neighbours, processor, wait_until_quiet
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.moe import Moe, RouterRecord
 from seekvl.presets import VL2_TINY
 from seekvl.runtime import torch_generator
 
 PEER = "loop over experts"
-SIDES = ("seekvl", PEER)
+SIDES = (OURS, PEER)
 DECODED = 32
 """Tokens a layer decodes in a round; each may meet other experts, so weights come from memory."""
 BATCH = 8
 """Tokens of a step of batched decoding, and tokens the whole model decodes in a round."""
-BLOCK = 4_194_301
-"""Random numbers that fill all weights, over and over; prime, so that no two experts are alike."""
 FIGURES = (
     *("layer_prefill", "layer_decode", "layer_decode_batch", "layer_train"),
     *("model_prefill", "model_decode", "model_train"),
@@ -181,53 +177,13 @@ def tiny_language(*, small: bool) -> DeepseekV2Config:
     return replace(config, vocab_size=128, width=64, layers=3, heads=2, kv_heads=2, mlp_width=96, moe=moe)
 
 
-@torch.no_grad()
-def fill(model: nn.Module) -> None:
-    """Give a module on the meta device memory and random weights of deviation 0.02, norms ones."""
-    model.to_empty(device="cpu")
-    block = torch.empty(BLOCK).normal_(std=0.02, generator=torch_generator(0, "benchmark weights"))
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-            continue
-        flat, numbers = parameter.view(-1), block.to(parameter.dtype)
-        for start in range(0, len(flat), BLOCK):
-            part = flat[start : start + BLOCK]
-            part.copy_(numbers[: len(part)])
-
-
-def alternate(run: Callable[[str], object], *, args: argparse.Namespace) -> dict[str, float]:
+def alternate(name: str, run: Callable[[str], object], *, args: argparse.Namespace) -> dict[str, float]:
     """Return the median seconds of each side; every side runs once before."""
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
     for side in SIDES:
         run(side)
     wait_until_quiet(seconds=args.quiet)
-    for number in range(args.rounds):
-        for side in SIDES[:: -1 if number % 2 else 1]:  # who goes first changes every round
-            began = time.perf_counter()
-            run(side)
-            times[side].append(time.perf_counter() - began)
-    return {side: statistics.median(seconds) for side, seconds in times.items()}
-
-
-def share(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference as a share of the norm."""
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
-def agree(pairs: dict[str, tuple[Tensor, Tensor]], *, what: str, tolerance: float) -> str:
-    """Say how well the sides agree; stop where they do not compute the same."""
-    shares = {name: share(*pair) for name, pair in pairs.items()}
-    worst = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
-    text = f"{what}: results differ by at most {shares[worst]:.1e} of their norm ({worst})"
-    if not shares[worst] <= tolerance:
-        sys.exit(f"{text}; {tolerance} is what rounding explains: not the same computation")
-    print(text, file=sys.stderr)
-    return text
-
-
-Values = dict[str, dict[str, float]]
-"""Figure -> side -> seconds."""
+    runs: dict[str, Callable[[], object]] = {side: partial(run, side) for side in SIDES}
+    return take_turns(runs, what=name, rounds=args.rounds)
 
 
 def measure_layer(
@@ -287,7 +243,9 @@ def time_tasks(
 ) -> Values:
     """Return the median seconds of a step of those tasks that were asked for; a task takes a side's name."""
     return {
-        name: {side: seconds / steps.get(name, 1) for side, seconds in alternate(run, args=args).items()}
+        name: {
+            side: seconds / steps.get(name, 1) for side, seconds in alternate(name, run, args=args).items()
+        }
         for name, run in tasks.items()
         if name in args.figures
     }
@@ -426,22 +384,7 @@ def report(values: Values, *, notes: list[str], neighbours: Neighbours, args: ar
     print(f"seekvl {seekvl.__version__}, torch {torch.__version__}, {processor()}")
     print(f"CPU kernels of seekvl: {choose_level() or 'none'}")
     print("\n".join(notes))
-    print(
-        f"median of {args.rounds} rounds; peak memory {peak_memory():.1f} GiB; "
-        f"cores busy with other work: {neighbours.cores():.2f} on average\n"
-    )
-    print(f"{'figure (lower is better)':<28}{'seekvl':>10}{PEER:>20}{'seekvl/peer':>14}")
-    figures = {}
-    for figure, seconds in values.items():
-        ours, peer = seconds["seekvl"] * 1e3, seconds[PEER] * 1e3
-        print(f"{figure + ', ms':<28}{ours:>10.2f}{peer:>20.2f}{ours / peer:>14.2f}")
-        figures[figure] = {
-            "ours": ours,
-            "peer": peer,
-            "ratio": ours / peer,
-            "unit": "ms",
-            "peer_name": PEER,
-        }
+    figures = print_figures(values, peer=PEER, unit="ms", neighbours=neighbours, args=args)
     if args.json:
         print(json.dumps(figures))
 

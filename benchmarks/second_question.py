@@ -14,8 +14,8 @@ import statistics
 import time
 
 import torch
-from moe import fill
 from peer_transformers import TEXT_TOKENS, picture, preset
+from sides import fill
 from torch import Tensor
 
 from seekvl.engine.engine import Engine

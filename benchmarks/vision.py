@@ -14,20 +14,19 @@ printed unless both sides have given the same features.
 
 import argparse
 import json
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from moe import agree, fill
-from peer_transformers import Clock, peak_memory, processor
+from sides import FLOPS, OURS, Values, agree, fill, print_figures, take_turns
 from torch import Tensor
 
 import seekvl
-from seekvl.evals.machine import Neighbours, wait_until_quiet
+from seekvl.evals.clock import Clock
+from seekvl.evals.machine import Neighbours, processor, wait_until_quiet
 from seekvl.models.adaptor import AdaptorConfig
 from seekvl.models.cost import sam_flops, siglip_flops
 from seekvl.models.hybrid import Hybrid, HybridConfig
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import DeepseekVLForConditionalGeneration, DeepseekVLHybridForConditionalGeneration
 
 PEER = "transformers"
-SIDES = ("seekvl", PEER)
+SIDES = (OURS, PEER)
 FIGURES = ("siglip", "sam", "so400m", "so400m_10")
 TILES = 10
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -79,7 +78,7 @@ def main() -> None:
             seconds, features = alternate(task, args=args)
             pair = features["seekvl"], features[PEER]
             notes.append(agree({"features": pair}, what=task.name, tolerance=TOLERANCE[dtype]))
-            values[task.name] = seconds | {"flops": float(task.flops)}
+            values[task.name] = seconds | {FLOPS: float(task.flops)}
     report(values, notes=notes, neighbours=neighbours, args=args)
 
 
@@ -209,21 +208,18 @@ def pictures(count: int, side: int, *, dtype: torch.dtype) -> Tensor:
 def alternate(task: Task, *, args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Return the median seconds of each side, and its features; both see one picture before."""
     clock: Clock = time.process_time if args.cpu_time else time.perf_counter
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
     features = {side: task.runs[side](task.pixels[:1]) for side in SIDES}
+
+    def look(side: str) -> None:
+        """Keep what a side makes of the picture."""
+        features[side] = task.runs[side](task.pixels)
+
     wait_until_quiet(seconds=args.quiet)
-    for number in range(args.rounds):
-        for side in SIDES[:: -1 if number % 2 else 1]:  # who goes first changes every round
-            began = clock()
-            features[side] = task.runs[side](task.pixels)
-            times[side].append(clock() - began)
-            print(f"{task.name}, round {number + 1}: {side} {times[side][-1]:.3f} s", file=sys.stderr)
-    return {side: statistics.median(seconds) for side, seconds in times.items()}, features
+    runs: dict[str, Callable[[], object]] = {side: partial(look, side) for side in SIDES}
+    return take_turns(runs, what=task.name, rounds=args.rounds, clock=clock), features
 
 
-def report(
-    values: dict[str, dict[str, float]], *, notes: list[str], neighbours: Neighbours, args: argparse.Namespace
-) -> None:
+def report(values: Values, *, notes: list[str], neighbours: Neighbours, args: argparse.Namespace) -> None:
     """Print the table, and with --json its line."""
     import transformers
 
@@ -235,23 +231,7 @@ def report(
         f"{processor()}"
     )
     print("\n".join(notes))
-    print(
-        f"median of {args.rounds} rounds; peak memory {peak_memory():.1f} GiB; "
-        f"cores busy with other work: {neighbours.cores():.2f} on average\n"
-    )
-    print(f"{'figure (lower is better)':<28}{'seekvl':>10}{PEER:>15}{'seekvl/peer':>14}{'GFLOP/s':>10}")
-    figures = {}
-    for figure, seconds in values.items():
-        ours, peer = seconds["seekvl"], seconds[PEER]
-        rate = seconds["flops"] / ours / 1e9
-        print(f"{figure + ', s':<28}{ours:>10.3f}{peer:>15.3f}{ours / peer:>14.2f}{rate:>10.0f}")
-        figures[figure] = {
-            "ours": ours,
-            "peer": peer,
-            "ratio": ours / peer,
-            "unit": "s",
-            "peer_name": PEER,
-        }
+    figures = print_figures(values, peer=PEER, unit="s", neighbours=neighbours, args=args)
     if args.json:
         print(json.dumps(figures))
 

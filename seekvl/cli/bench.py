@@ -48,6 +48,7 @@ def bench(
             min=1, help="CPU threads of each program; by default as many as torch takes.", show_default=False
         ),
     ] = None,
+    device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     quiet: Annotated[
@@ -67,10 +68,10 @@ def bench(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Measure load, picture, prompt, decoding and memory on this machine's CPU.
+    """Measure load, picture, prompt, decoding and memory on this machine's CPU, or on a CUDA device.
 
-    The machine's ceilings come first: bytes read from memory a second, operations of matrix products. Each
-    figure is printed with its share of the ceiling that bounds it.
+    The machine's ceilings come first: bytes read from memory a second, on a GPU bytes copied, and operations
+    of matrix products. Each figure is printed with its share of the ceiling that bounds it.
     """
     import torch
 
@@ -84,6 +85,7 @@ def bench(
         require("matplotlib", extra="data")
     settings = Settings(
         dtype=dtype,
+        device=device,
         quantize=quantize,
         threads=threads or torch.get_num_threads(),
         batches=tuple(batch or ()),

@@ -1,12 +1,27 @@
-"""Timing a part of somebody else's network."""
+"""Clocks that wait for a device, and timing a part of somebody else's network."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import nn
 
 Clock: TypeAlias = Callable[[], float]
 """What tells seconds."""
+
+
+def device_clock(device: torch.device) -> Clock:
+    """Return a clock that is read when the device has done all it was given: a GPU lags behind."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def read() -> float:
+        """Wait, then tell the seconds."""
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read
 
 
 def watch(first: nn.Module | Sequence[nn.Module], last: nn.Module, *, clock: Clock) -> Callable[[], float]:

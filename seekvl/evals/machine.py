@@ -10,6 +10,8 @@ import platform
 import time
 from pathlib import Path
 
+import torch
+
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -84,6 +86,18 @@ def processor() -> str:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of what computes: a GPU's, or the CPU's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def device_memory(device: torch.device) -> float:
+    """Return the most memory this process had, GiB: of a GPU what torch has handed out there, else resident
+    memory.
+    """
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_memory()
 
 
 def fill_page_cache(folder: Path) -> None:

@@ -37,7 +37,7 @@ class Reply:
 class Transformers:
     """DeepSeek-VL in transformers, loaded from a folder in its layout; the making is the loading."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, clock: Clock) -> None:
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, clock: Clock) -> None:
         transformers = require("transformers", extra="transformers")
         kind = transformers.AutoConfig.from_pretrained(folder).model_type
         name = {
@@ -46,10 +46,10 @@ class Transformers:
         }[kind]
         model_class: Any = getattr(transformers, name)
         began = clock()
-        self.model = model_class.from_pretrained(folder, dtype=dtype).eval()
+        self.model = model_class.from_pretrained(folder, dtype=dtype).eval().to(device)
         self.load = clock() - began
         """Seconds of loading."""
-        self._dtype, self._clock = dtype, clock
+        self._dtype, self._device, self._clock = dtype, device, clock
         self._vision = self._watch()
 
     def _watch(self) -> Callable[[], float]:
@@ -90,19 +90,20 @@ class Transformers:
     def logits(self, inputs: ModelInput, *, tokens: list[int]) -> Tensor:
         """Return the logits f32[k, v] before each of k tokens that follow the prompt."""
         asked = self._fed(inputs, rows=1)
-        asked["input_ids"] = torch.cat((asked["input_ids"], torch.tensor([tokens])), dim=1)
+        follow = torch.tensor([tokens], device=self._device)
+        asked["input_ids"] = torch.cat((asked["input_ids"], follow), dim=1)
         asked["attention_mask"] = torch.ones_like(asked["input_ids"])
         with torch.inference_mode():
             out: Tensor = self.model(**asked, logits_to_keep=len(tokens) + 1).logits
-        return out[0, :-1].float()
+        return out[0, :-1].float().cpu()
 
     def _fed(self, inputs: ModelInput, *, rows: int) -> dict[str, Tensor]:
         """Return our prompt under transformers' names."""
-        ids = inputs.input_ids.expand(rows, -1).clone()
+        ids = inputs.input_ids.to(self._device).expand(rows, -1).clone()
         assert inputs.pixels is not None
         assert inputs.normalized, "this layout normalises in the processor"
         pixels, low = (
-            None if part is None else part.to(self._dtype).expand(rows, -1, -1, -1)
+            None if part is None else part.to(self._device, self._dtype).expand(rows, -1, -1, -1)
             for part in (inputs.pixels, inputs.low_pixels)
         )
         assert pixels is not None

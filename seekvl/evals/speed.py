@@ -23,7 +23,7 @@ from seekvl import __version__
 from seekvl.engine.plan import find_config, plan_pictures
 from seekvl.evals.ceilings import measure_ceilings
 from seekvl.evals.gguf import FORMATS, write_gguf
-from seekvl.evals.machine import fill_page_cache, processor, wait_until_quiet
+from seekvl.evals.machine import device_name, fill_page_cache, wait_until_quiet
 from seekvl.evals.random_weights import write_random
 from seekvl.evals.speed_process import PICTURE, Job, Measured, Side
 from seekvl.evals.speed_report import Figure, Report, decode, memory, works
@@ -32,7 +32,7 @@ from seekvl.models.llama import Llama
 from seekvl.models.quantized import Kind
 from seekvl.models.vl2 import VL2Config
 from seekvl.presets import CHECKPOINTS, SHORT_NAMES
-from seekvl.runtime import DTYPES, SeekVLError, require, select_dtype
+from seekvl.runtime import DTYPES, SeekVLError, require, select_device, select_dtype
 from seekvl.weights.config import CheckpointConfig
 from seekvl.weights.load import BUNDLED, choose_format, find_folder, load_checkpoint
 from seekvl.weights.save import save_checkpoint
@@ -59,6 +59,8 @@ class Settings:
     """How to measure."""
 
     dtype: str = "auto"
+    device: str = "cpu"
+    """The CPU or a CUDA device."""
     quantize: str | None = None
     """Format that the weights are written in first; None measures them as they are."""
     threads: int
@@ -106,12 +108,13 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
     and for one that computes something else.
     """
     config, kept = find_config(name), _kept(name, folder)
-    kind = choose_format(config, settings.quantize, device="cpu")
+    device = _device(settings)
+    kind = choose_format(config, settings.quantize, device=device)
     if settings.peer is not None:
         _require_peer(settings.peer, name, config)
     numbers = sum(parameters(config.model).values())
-    dtype = select_dtype(settings.dtype, device=torch.device("cpu"), parameters=numbers)
-    settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
+    dtype = select_dtype(settings.dtype, device=device, parameters=numbers)
+    settings = replace(settings, dtype=str(dtype).removeprefix("torch."), device=str(device))
     with tempfile.TemporaryDirectory(prefix="seekvl-bench-") as made:
         scratch = Path(made)
         model = _weights(
@@ -122,7 +125,7 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
             model = _quantized(plain, kind, settings=settings, scratch=scratch, say=say)
         wait_until_quiet(seconds=settings.quiet)
         say("measuring memory and products")
-        ceilings = measure_ceilings(threads=settings.threads, dtype=settings.dtype)
+        ceilings = measure_ceilings(threads=settings.threads, dtype=settings.dtype, device=settings.device)
         if settings.peer == "llama.cpp":
             file = _gguf(plain, None, settings=settings, scratch=scratch, say=say)
         if settings.peer is not None:
@@ -140,7 +143,8 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
         dtype=settings.dtype,
         quantize=kind,
         level=ours[-1].level,
-        machine=processor(),
+        device=device.type,
+        machine=device_name(device),
         versions=_versions(settings.peer),
         rounds=settings.rounds,
         tokens=settings.tokens,
@@ -152,6 +156,16 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
         figures=(),
     )
     return replace(report, figures=_figures(report, ours, peer, config=config, batches=settings.batches))
+
+
+def _device(settings: Settings) -> torch.device:
+    """Return what computes."""
+    device = select_device(settings.device)
+    if device.type not in ("cpu", "cuda"):
+        raise SeekVLError(f"the CPU or a CUDA device is measured, not {device}")
+    if settings.peer == "llama.cpp" and device.type != "cpu":
+        raise SeekVLError(f"llama.cpp is measured on the CPU, not on {device}; use device='cpu'")
+    return device
 
 
 def _published(name: str) -> str | None:
@@ -287,6 +301,7 @@ def _job(side: Side, model: str, settings: Settings, *, file: Path | None = None
         dtype=settings.dtype,
         threads=settings.threads,
         batches=settings.batches,
+        device=settings.device,
         tokens=settings.tokens,
         shown=settings.peer != "llama.cpp",
         file=None if file is None else str(file),

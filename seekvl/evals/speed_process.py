@@ -24,7 +24,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seekvl.evals.machine import Neighbours, peak_memory
+from seekvl.evals.clock import device_clock
+from seekvl.evals.machine import Neighbours, device_memory
 from seekvl.evals.peer_llama import LlamaCpp
 from seekvl.evals.peers import Transformers, disagreement
 from seekvl.processing.choices import Preprocessing
@@ -57,6 +58,8 @@ class Job:
     threads: int
     batches: tuple[int, ...]
     """Answers decoded together, ascending."""
+    device: str
+    """What computes: the CPU or a CUDA device."""
     tokens: int
     """Tokens of every answer."""
     shown: bool = True
@@ -88,7 +91,9 @@ class Measured:
     decode: dict[str, float]
     """Tokens a second of all answers together, without their first tokens; by the number of answers."""
     memory: dict[str, float]
-    """Largest resident memory of the process so far, GiB; by the number of answers, ascending."""
+    """Most memory of the process so far, GiB, see `machine.device_memory`; by the number of answers,
+    ascending.
+    """
     prompt_tokens: int
     image_tokens: int
     neighbours: float
@@ -137,16 +142,17 @@ def question(processor: Processor, *, number: int = 0, shown: bool = True) -> li
 def measure_seekvl(job: Job) -> Measured:
     """Load seekvl, answer once to warm up, then measure each batch."""
     neighbours = Neighbours()
-    began = time.perf_counter()
+    clock = device_clock(torch.device(job.device))
+    began = clock()
     vlm = endless(job)
-    loaded = time.perf_counter() - began
+    loaded = clock() - began
     asked = question(vlm.processor, shown=job.shown)
     bill = vlm.processor(asked).bill
     _require_room(job, prompt=bill.total, positions=vlm.config.language.max_positions)
-    began = time.perf_counter()
+    began = clock()
     pieces = vlm.stream(asked, max_new_tokens=job.tokens)
     next(pieces)
-    first_token = loaded + time.perf_counter() - began
+    first_token = loaded + clock() - began
     pieces.close()
     shown = 0
     vision, prefill = list[float](), list[float]()
@@ -181,7 +187,7 @@ def measure_seekvl(job: Job) -> Measured:
 
 def endless(job: Job) -> VLM:
     """Load a model whose answers have no end token: each is as long as asked for."""
-    vlm = load(job.model, device="cpu", dtype=job.dtype, preprocessing=job.preprocessing)
+    vlm = load(job.model, device=job.device, dtype=job.dtype, preprocessing=job.preprocessing)
     vlm.tokenizer.eos_id = -1
     return vlm
 
@@ -191,7 +197,7 @@ def measure_transformers(job: Job) -> Measured:
     picture and prompt are those of single answers.
     """
     neighbours = Neighbours()
-    peer = Transformers(Path(job.model), dtype=DTYPES[job.dtype], clock=time.perf_counter)
+    peer = _transformers(job)
     processor = _processor(job)
     inputs = processor(question(processor))
     first = peer.answer(inputs, count=2)
@@ -219,6 +225,12 @@ def measure_transformers(job: Job) -> Measured:
         neighbours=neighbours.cores(),
         level=None,
     )
+
+
+def _transformers(job: Job) -> Transformers:
+    """Load transformers."""
+    device = torch.device(job.device)
+    return Transformers(Path(job.model), dtype=DTYPES[job.dtype], device=device, clock=device_clock(device))
 
 
 def measure_llama(job: Job) -> Measured:
@@ -273,7 +285,7 @@ def _each_batch(job: Job, answer: Callable[[int], float]) -> tuple[dict[str, flo
         while not rates or time.perf_counter() - began < SHORTEST:
             rates.append(answer(rows))
         decode[str(rows)] = statistics.median(rates)
-        memory[str(rows)] = peak_memory()
+        memory[str(rows)] = device_memory(torch.device(job.device))
     return decode, memory
 
 
@@ -297,7 +309,7 @@ def check_seekvl(job: Job) -> dict[str, object]:
 
 def check_transformers(job: Job) -> dict[str, object]:
     """Say where transformers and seekvl do not compute the same."""
-    peer = Transformers(Path(job.model), dtype=DTYPES[job.dtype], clock=time.perf_counter)
+    peer = _transformers(job)
     processor = _processor(job)
     theirs = peer.logits(processor(question(processor)), tokens=list(job.expected))
     return _verdict(job, theirs)

@@ -65,7 +65,10 @@ class Report:
     """Format of the language model's matrices; None where they are plain."""
     level: str | None
     """Level of the CPU kernels."""
+    device: str
+    """What computed: "cpu" or "cuda"."""
     machine: str
+    """Its name."""
     versions: Mapping[str, str]
     rounds: int
     tokens: int
@@ -93,6 +96,7 @@ class Report:
             "dtype": self.dtype,
             "quantize": self.quantize,
             "kernels": self.level,
+            "device": self.device,
             "machine": self.machine,
             "threads": self.ceilings.threads,
             "versions": dict(self.versions),
@@ -112,6 +116,8 @@ class Report:
         """Say what was measured, on what, and how quiet it was."""
         mean, most = self.neighbours
         kernels = "torch" if self.level is None else f"kernels {self.level}"
+        if self.device != "cpu":
+            kernels += f" on {self.device}"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         pictures = f"{self.image_tokens:,} of them 1 picture" if self.image_tokens else "all of them words"
         words = [f"{self.peer} runs the text part only; seekvl loads and holds the picture towers, too"]
@@ -128,7 +134,8 @@ class Report:
     def _ceilings(self) -> list[str]:
         """List the machine's ceilings."""
         found = self.ceilings
-        lines = ["ceiling", f"{'memory read':<20}{found.read / 1e9:>10.1f} GB/s"]
+        moved = "memory copied" if found.reader == "copy" else "memory read"
+        lines = ["ceiling", f"{moved:<20}{found.read / 1e9:>10.1f} GB/s"]
         for name, rate in found.operations.items():
             unit = "GOP/s" if name == "int8" else "GFLOP/s"
             lines.append(f"{f'{name} products':<20}{rate / 1e9:>10.1f} {unit}")

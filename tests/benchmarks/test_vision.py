@@ -1,6 +1,7 @@
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,34 +11,22 @@ pytest.importorskip("transformers", minversion="5.0")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import vision as program
 
+from tests.benchmarks.conftest import RunProgram, read_figures
+
 QUICK = ("--tiny", "--rounds", "1", "--threads", "1", "--quiet", "0")
 Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    threads = torch.get_num_threads()
-
-    def output(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["vision.py", *arguments])
-        program.main()
-        return capsys.readouterr().out
-
-    yield output
-    torch.set_num_threads(threads)
+def run(run_program: RunProgram) -> Run:
+    return partial(run_program, program)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_figure_of_both_sides(dtype: str, run: Run) -> None:
     said = run(*QUICK, "--json", "--dtype", dtype)
-    figures = json.loads(said.splitlines()[-1])
-    assert tuple(figures) == program.FIGURES
-    for name, figure in figures.items():
-        assert set(figure) == {"ours", "peer", "ratio", "unit", "peer_name"}, name
-        assert figure["ours"] > 0, name
-        assert figure["peer"] > 0, name
-        assert figure["ratio"] == figure["ours"] / figure["peer"], name
-        assert figure["peer_name"] == "transformers"
+    assert tuple(read_figures(said, peer="transformers")) == program.FIGURES
+    for name in program.FIGURES:
         assert f"{name}: results differ by at most" in said
 
 

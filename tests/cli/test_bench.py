@@ -45,6 +45,7 @@ def test_figures_and_plot_of_the_bundled_model(run: Run, tmp_path: Path) -> None
         (("--peer", "llama.cpp", "--batch", "4"), 1, "one answer at a time"),
         (("--quantize", "int2"), 2, "int2"),
         (("--batch", "0"), 2, "greater than or equal to 1"),
+        (("--device", "tpu"), 1, "tpu"),
         (("--tokens", "1"), 2, "greater than or equal to 2"),
     ],
 )

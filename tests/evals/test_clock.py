@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from seekvl.evals.clock import watch
+from seekvl.evals.clock import device_clock, watch
+
+
+def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", done.append)
+    monkeypatch.setattr("time.perf_counter", lambda: float(len(done)))
+    assert device_clock(torch.device("cuda:1"))() == 1.0, "read after the wait"
+    assert done == [torch.device("cuda:1")]
+    assert device_clock(torch.device("cpu"))() == 1.0
+    assert len(done) == 1
 
 
 def test_the_time_from_the_first_call_to_the_last_result() -> None:

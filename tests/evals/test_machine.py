@@ -1,8 +1,12 @@
 import time
 from pathlib import Path
 
+import pytest
+import torch
+
 from seekvl.evals.machine import (
     Neighbours,
+    device_memory,
     fill_page_cache,
     peak_memory,
     processor,
@@ -32,6 +36,12 @@ def test_memory_is_that_of_this_process() -> None:
 
 def test_the_processor_has_a_name() -> None:
     assert processor()
+
+
+def test_a_gpus_memory_is_what_torch_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: (device.index + 2) << 30)
+    assert device_memory(torch.device("cuda:1")) == 3.0
+    assert 0.01 < device_memory(torch.device("cpu")) < 1024
 
 
 def test_a_folder_without_weights_fills_nothing(tmp_path: Path) -> None:

@@ -168,6 +168,21 @@ def test_a_peer_that_lacks_the_model() -> None:
         bench("seekvl-nano", Settings(**QUICK, peer="transformers"), say=print)
 
 
+def test_a_device_that_is_not_there_or_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SeekVLError, match="seekvl computes on"):
+        bench("seekvl-nano", Settings(**SINGLE, device="meta"), say=print)
+    if not torch.cuda.is_available():
+        with pytest.raises(SeekVLError, match="sees no CUDA here"):
+            bench("seekvl-nano", Settings(**SINGLE, device="cuda"), say=print)
+    monkeypatch.setattr(speed, "select_device", torch.device)
+    with pytest.raises(SeekVLError, match=r"llama\.cpp is measured on the CPU, not on cuda"):
+        bench("seekvl-nano", Settings(**SINGLE, device="cuda", peer="llama.cpp"), say=print)
+    with pytest.raises(SeekVLError, match="int8 is computed on the CPU alone, not on cuda"):
+        bench("seekvl-nano", Settings(**SINGLE, device="cuda", quantize="int8"), say=print)
+    with pytest.raises(SeekVLError, match="the CPU or a CUDA device is measured, not mps"):
+        bench("seekvl-nano", Settings(**SINGLE, device="mps"), say=print)
+
+
 def test_a_name_that_nobody_knows() -> None:
     with pytest.raises(SeekVLError, match="downloads nothing"):
         bench("nobody/nothing", Settings(**QUICK), say=print)

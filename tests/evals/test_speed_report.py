@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,7 @@ def report(*, peer: bool = True) -> Report:
         dtype="bfloat16",
         quantize=None,
         level="avx2",
+        device="cpu",
         machine="2 x CPU",
         versions={"seekvl": "0"},
         rounds=3,
@@ -80,3 +82,20 @@ def test_the_work_of_a_dense_step() -> None:
     assert saved / weights == pytest.approx(1 - 4.5 / 16, rel=0.01), "4.5 bits instead of 16 a number"
     assert less["vision"] == found["vision"]
     assert found["prefill"].operations > 600 * found["decode, batch 1"].operations * 0.8
+
+
+def test_words_alone_are_said_to_be_so() -> None:
+    words = replace(report(), image_tokens=0, peer="llama.cpp")
+    assert "prompt of 630 tokens, all of them words; answers of 32" in words.table()
+    assert (
+        "llama.cpp runs the text part only; seekvl loads and holds the picture towers, too" in words.table()
+    )
+    assert "text part" not in report().table()
+
+
+def test_a_gpu_copies() -> None:
+    ceilings = replace(CEILINGS, reader="copy", read=4e12)
+    found = replace(report(), device="cuda", machine="GPU", level=None, ceilings=ceilings)
+    assert "torch on cuda" in found.table()
+    assert "memory copied           4000.0 GB/s" in found.table()
+    assert json.loads(found.json())["device"] == "cuda"
