@@ -43,7 +43,7 @@ const Level& float_level_at(int32_t index) {
     return portable;
 }
 
-constexpr int64_t kFewInputs = 8;      // up to here memory is the limit, and one thread quantises the inputs
+constexpr int64_t kAlone = 8;          // up to here memory is the limit, and one thread quantises the inputs
 constexpr int64_t kTokens = 512;       // that go through experts at once: bounds the memory between the products
 
 // Inputs to be quantised, and their places.
@@ -70,8 +70,8 @@ void quantize_some(const void* pointer, int64_t begin, int64_t end) {
 
 void quantize_all(Quantization& q, int64_t count, int threads, Scratch& memory) {
     q.inputs.resize(count);
-    for (QuantizedRow& input : q.inputs) input = row_in(memory, q.kind, q.width);
-    run(count > kFewInputs ? threads : 1, count, 4, quantize_some, &q);
+    rows_in(memory, q.width, count, q.inputs.data());
+    run(count > kAlone ? threads : 1, count, 4, quantize_some, &q);
 }
 
 // Matrices of one shape, each with inputs of its own. With `up` the rows of both are joined, see PackedLevel.
@@ -84,10 +84,13 @@ struct Tiling {
 
 void work(const void* pointer, int64_t begin, int64_t end) {
     const Tiling& job = *static_cast<const Tiling*>(pointer);
+    Scratch memory(kSumRoom, Scratch::SUMS);
+    float* const room = memory.take(kSumRoom);
     while (begin < end) {
         const int64_t index = begin / job.tiles, first = begin % job.tiles;
         const int64_t last = std::min(job.tiles, first + end - begin);
-        const Meeting& meeting = job.meetings[index];
+        Meeting meeting = job.meetings[index];
+        meeting.room = room;
         if (job.up.empty()) job.level->tiles(job.matrices[index], meeting, first, last);
         else job.level->gated(job.matrices[index], job.up[index], meeting, first, last);
         begin += last - first;
@@ -103,7 +106,7 @@ void run_job(const Tiling& job, int threads) {
     int64_t most = 0;
     for (const Meeting& meeting : job.meetings) most = std::max(most, meeting.count);
     int64_t piece = std::clamp<int64_t>(total / (4 * threads) / 2 * 2, 2, 32);
-    if (most <= kFewInputs)
+    if (most <= kAlone)
         piece = rows_a_piece(total * bytes, bytes, threads);
     run(threads, total, piece, work, &job);
 }
@@ -139,9 +142,9 @@ void run_slots(const Stacks& s, Quantization& tokens, const int64_t* experts, in
         for (next = at; next < slots && experts[order[next]] == expert; ++next) {}
         first.matrices.push_back(s.at(s.gate, expert, s.m, s.d));
         first.up.push_back(s.at(s.up, expert, s.m, s.d));
-        first.meetings.push_back({next - at, &x[at], &to_hidden[at], F32, nullptr});
+        first.meetings.push_back({next - at, &x[at], &to_hidden[at], F32, nullptr, nullptr, nullptr});
         second.matrices.push_back(s.at(s.down, expert, s.d, s.m));
-        second.meetings.push_back({next - at, nullptr, &to_out[at], F32, nullptr});
+        second.meetings.push_back({next - at, nullptr, &to_out[at], F32, nullptr, nullptr, nullptr});
     }
     run_job(first, threads);
     Quantization between{tokens.level, tokens.packed, s.kind, F32, hidden, s.m, {}};
@@ -185,12 +188,12 @@ EXPORT void seekvl_packed_linear(int32_t level, int32_t threads, int32_t kind, i
     const Packed matrix{static_cast<Dtype>(kind), weight, o, i};
     const auto outer = static_cast<Dtype>(dtype);
     const PackedLevel& machine = packed_level_at(level);
-    Scratch memory(b * room_of_row(matrix.kind, i), Scratch::PACKED);
+    Scratch memory(room_of_rows(b, i), Scratch::PACKED);
     Quantization q{&float_level_at(level), &machine, matrix.kind, outer, x, i, {}};
     quantize_all(q, b, threads, memory);
     std::vector<void*> to(b);
     for (int64_t row = 0; row < b; ++row) to[row] = const_cast<char*>(shifted(y, row * o, outer));
-    run_job({&machine, tiles_of(o), {matrix}, {}, {{b, q.inputs.data(), to.data(), outer, bias}}}, threads);
+    run_job({&machine, tiles_of(o), {matrix}, {}, {{b, q.inputs.data(), to.data(), outer, bias, nullptr, nullptr}}}, threads);
 }
 
 // y[n, d] = sum over k of weights[n, k] * (SwiGLU of expert experts[n, k])(x[n, d]); x and y have one dtype,
@@ -202,8 +205,8 @@ EXPORT void seekvl_packed_experts(int32_t level, int32_t threads, int32_t kind, 
     const Stacks stacks{static_cast<Dtype>(kind), gate, up, down, d, m};
     const auto outer = static_cast<Dtype>(dtype);
     const int64_t most = std::min(n, kTokens), slots = most * k;
-    Scratch memory(Scratch::rounded(slots * m) + Scratch::rounded(slots * d) + most * room_of_row(stacks.kind, d) +
-                       slots * room_of_row(stacks.kind, m),
+    Scratch memory(Scratch::rounded(slots * m) + Scratch::rounded(slots * d) + room_of_rows(most, d) +
+                       room_of_rows(slots, m),
                    Scratch::PACKED);
     float *hidden = memory.take(slots * m), *out = memory.take(slots * d);
     for (int64_t first = 0; first < n; first += kTokens) {
