@@ -5,8 +5,8 @@ read once for all of them, attention goes over the cache by blocks of its column
 what is between runs in the same threads, where torch would start a dozen small operations a layer.
 
 Numbers are those of `decoder`: float32 from the embeddings to the logits, rounded where they are stored in
-the cache, and at the inputs of products where a level multiplies pairs of bfloat16; there queries and
-attention's shares are rounded, too. A latent is expanded to keys and values of every head, as `models.mla`
+the cache, at the inputs of products where a level multiplies pairs of bfloat16, and at those of packed
+matrices; where pairs are multiplied, queries and attention's shares are rounded, too. A latent is expanded to keys and values of every head, as `models.mla`
 does with a prompt.
 
 A token's numbers depend on the level and on what it sees: not on the tokens beside it, on where its prompt
@@ -110,8 +110,7 @@ def prompts_served(network: Llama | DeepseekV2) -> bool:
     """Whether prompts of a network go through these calls, gradients, autocast and the cache aside.
 
     That is so where `network.describe` finds nothing that one call cannot serve, on levels on which many rows
-    are faster than in torch: not on `portable`, and not on `neon`, where nothing has been measured. Quantised
-    matrices stay with the kernels of their layers.
+    are faster than in torch: not on `portable`, and not on `neon`, where nothing has been measured.
     """
     return _served(network) is not None
 
@@ -119,7 +118,7 @@ def prompts_served(network: Llama | DeepseekV2) -> bool:
 def _served(network: Llama | DeepseekV2) -> Description | None:
     """Return the description of a network that `prompts_served` means."""
     found = description_of(network)
-    return found if found is not None and found.level in _GAINING and not found.packed else None
+    return found if found is not None and found.level in _GAINING else None
 
 
 def _ready(

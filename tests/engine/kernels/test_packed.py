@@ -25,6 +25,8 @@ from tests.models.test_quantized import EACH, SHAPES, experts_like, numbers
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 31)
 """All that have a loop of their own on some level, and some between."""
+MANY = (96, 97, 98, 100, 673)
+"""About the border to products of many rows, and more than go through them at once."""
 UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -49,7 +51,7 @@ def test_every_number_of_rows_and_odd_shape_stays_in_the_bound(
     for o, i in SHAPES:
         values, scales, matrix = numbers(kind, o, i)
         packed, bias = pack(values, scales, kind=kind), randn(o, seed=o, dtype=dtype)
-        for b in ROWS if (o, i) == (33, 130) else (1, 3, 12):
+        for b in (*ROWS, 130) if (o, i) == (33, 130) else (1, 3, 12, 130):
             x = randn(b, i, seed=b, dtype=dtype)
             value, bound = exact(x, matrix, bias, kind=kind)
             found = packed_linear(x, packed, bias, kind=kind, rows=o, level=level, threads=2)
@@ -75,9 +77,9 @@ def test_the_largest_numbers_do_not_overflow(level: str, kind: Kind) -> None:
 def test_a_row_among_others_equals_the_row_alone_bit_for_bit(level: str, kind: Kind) -> None:
     """Decoding and prompts give the same numbers, however rows come together and whoever computes them."""
     values, scales, _ = numbers(kind, 70, 300)
-    packed, x = pack(values, scales, kind=kind), randn(40, 300, seed=2)
+    packed, x = pack(values, scales, kind=kind), randn(max(MANY), 300, seed=2)
     alone = torch.cat([packed_linear(row[None], packed, kind=kind, rows=70, level=level) for row in x])
-    for b in (*ROWS, 40):
+    for b in (*ROWS, 40, *MANY):
         for threads in (1, 3):
             found = packed_linear(x[:b], packed, kind=kind, rows=70, level=level, threads=threads)
             assert torch.equal(found, alone[:b])
@@ -122,7 +124,7 @@ def test_nothing_is_touched_behind_the_buffers(level: str, kind: Kind) -> None:
     for o, i in SHAPES:
         values, scales, _ = numbers(kind, o, i)
         packed = pack(values, scales, kind=kind)
-        for b in (1, 4, 13):
+        for b in (1, 4, 13, 130):
             x, y = randn(b, i, seed=3), at_the_end(torch.zeros(b, o))
             arguments = [at_the_end(tensor).data_ptr() for tensor in (packed, torch.ones(o), x)]
             code = (LEVELS.index(level), 1, NUMBERS[kind], DTYPES[torch.float32])

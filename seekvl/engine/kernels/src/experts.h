@@ -6,12 +6,13 @@
 #include <cstdint>
 
 #include "many.h"
+#include "packed.h"
 
 namespace seekvl {
 
 struct Stacks {
     Dtype kind;
-    const void *gate, *up;      // [E, m, d]
+    const void *gate, *up;      // [E, m, d], row after row or packed
     const void* down;           // [E, d, m]
     int64_t width, channels;    // m, d
 };
@@ -27,5 +28,16 @@ struct Routed {
 
 // sums[n, d] += what the experts make of x[n, d], weighted, in the order of the experts.
 void add_experts(const Many& machine, int threads, const Stacks& stacks, const Routed& routed, float* sums);
+
+// The same choice without the tokens.
+struct Chosen {
+    const int64_t* experts;     // [n, k]
+    const float* weights;       // [n, k]
+    int64_t count, k;
+};
+
+// The same with packed stacks, quantised tokens x[n] and sums[n], each [d].
+void add_packed_experts(const PackedLevel& level, int threads, const Stacks& stacks, const QuantizedRow* x,
+                        const Chosen& chosen, float* const* sums);
 
 }  // namespace seekvl

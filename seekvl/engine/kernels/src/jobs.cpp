@@ -77,7 +77,7 @@ void Job::multiply_tiles(const Part& part, int64_t begin, int64_t end) const {
     const Operand& m = part.matrix;
     QuantizedRow x[kMaxBatch];
     for (int64_t b = 0; b < m.batch; ++b) x[b] = *static_cast<const QuantizedRow*>(m.x[b]);
-    const Meeting meeting{m.batch, x, m.y, F32, nullptr};
+    const Meeting meeting{m.batch, x, m.y, F32, nullptr, nullptr, nullptr};
     const auto packed_of = [&](const void* weight) {
         return Packed{part.product.weight, static_cast<const uint8_t*>(weight), part.rows, part.product.width};
     };
@@ -86,14 +86,11 @@ void Job::multiply_tiles(const Part& part, int64_t begin, int64_t end) const {
     else packed_->tiles(matrix, meeting, begin, end);
 }
 
-int64_t room_of_row(Dtype kind, int64_t width) {
-    const int64_t groups = groups_of(kind, width);
-    return Scratch::rounded<int8_t>(padded(width)) + Scratch::rounded(groups) + Scratch::rounded<int32_t>(groups);
-}
+int64_t room_of_rows(int64_t count, int64_t width) { return Scratch::rounded<InputSlice>(count * slices_of(width)); }
 
-QuantizedRow row_in(Scratch& memory, Dtype kind, int64_t width) {
-    const int64_t groups = groups_of(kind, width);
-    return {memory.take<int8_t>(padded(width)), memory.take(groups), memory.take<int32_t>(groups)};
+void rows_in(Scratch& memory, int64_t width, int64_t count, QuantizedRow* rows) {
+    auto* const slices = memory.take<InputSlice>(count * slices_of(width));
+    for (int64_t row = 0; row < count; ++row) rows[row] = {slices + row, count};
 }
 
 std::vector<int64_t> by_expert(const int64_t* experts, int64_t slots) {

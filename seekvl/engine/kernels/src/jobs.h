@@ -50,11 +50,11 @@ struct Group {
     int64_t slots[kMaxBatch];
 };
 
-// Numbers of float32 that `row_in` takes of memory.
-int64_t room_of_row(Dtype kind, int64_t width);
+// Numbers of float32 that `rows_in` takes of memory.
+int64_t room_of_rows(int64_t count, int64_t width);
 
-// A row to be quantised, and its place.
-QuantizedRow row_in(Scratch& memory, Dtype kind, int64_t width);
+// Give rows that are to be quantised their places.
+void rows_in(Scratch& memory, int64_t width, int64_t count, QuantizedRow* rows);
 
 // Slots in the order of their experts, each expert's in their own.
 std::vector<int64_t> by_expert(const int64_t* experts, int64_t slots);

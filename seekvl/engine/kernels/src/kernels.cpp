@@ -204,7 +204,7 @@ EXPORT void seekvl_step(int32_t level, int32_t threads, const Network* network, 
 EXPORT int32_t seekvl_prompt(int32_t level, int32_t threads, const Network* network, const Cache* cache,
                              const Prompt* prompt) {
     try {
-        fill({level_at(level), many_at(level), attend_at(level)}, threads, *network, *cache, *prompt);
+        fill({level_at(level), many_at(level), packed_level_at(level), attend_at(level)}, threads, *network, *cache, *prompt);
         return 0;
     } catch (const std::exception&) {
         return 1;

@@ -20,7 +20,7 @@ class Scratch {
 
   public:
     // Each has memory of its own, so that one may be at work inside of another.
-    enum Use { STEP, MANY, PACKED, WIDENED, kUses };
+    enum Use { STEP, MANY, PACKED, WIDENED, SUMS, kUses };
 
     // What `take` takes of memory: whole lines, so that vectors lie within them.
     template <class Number = float>

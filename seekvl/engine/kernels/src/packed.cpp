@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 
+#include "experts.h"
 #include "jobs.h"
 #include "numbers.h"
 #include "packed.h"
@@ -43,7 +44,7 @@ const Level& float_level_at(int32_t index) {
     return portable;
 }
 
-constexpr int64_t kFewInputs = 8;      // up to here memory is the limit, and one thread quantises the inputs
+constexpr int64_t kAlone = 8;          // up to here memory is the limit, and one thread quantises the inputs
 constexpr int64_t kTokens = 512;       // that go through experts at once: bounds the memory between the products
 
 // Inputs to be quantised, and their places.
@@ -70,8 +71,8 @@ void quantize_some(const void* pointer, int64_t begin, int64_t end) {
 
 void quantize_all(Quantization& q, int64_t count, int threads, Scratch& memory) {
     q.inputs.resize(count);
-    for (QuantizedRow& input : q.inputs) input = row_in(memory, q.kind, q.width);
-    run(count > kFewInputs ? threads : 1, count, 4, quantize_some, &q);
+    rows_in(memory, q.width, count, q.inputs.data());
+    run(count > kAlone ? threads : 1, count, 4, quantize_some, &q);
 }
 
 // Matrices of one shape, each with inputs of its own. With `up` the rows of both are joined, see PackedLevel.
@@ -84,10 +85,13 @@ struct Tiling {
 
 void work(const void* pointer, int64_t begin, int64_t end) {
     const Tiling& job = *static_cast<const Tiling*>(pointer);
+    Scratch memory(kSumRoom, Scratch::SUMS);
+    float* const room = memory.take(kSumRoom);
     while (begin < end) {
         const int64_t index = begin / job.tiles, first = begin % job.tiles;
         const int64_t last = std::min(job.tiles, first + end - begin);
-        const Meeting& meeting = job.meetings[index];
+        Meeting meeting = job.meetings[index];
+        meeting.room = room;
         if (job.up.empty()) job.level->tiles(job.matrices[index], meeting, first, last);
         else job.level->gated(job.matrices[index], job.up[index], meeting, first, last);
         begin += last - first;
@@ -103,58 +107,87 @@ void run_job(const Tiling& job, int threads) {
     int64_t most = 0;
     for (const Meeting& meeting : job.meetings) most = std::max(most, meeting.count);
     int64_t piece = std::clamp<int64_t>(total / (4 * threads) / 2 * 2, 2, 32);
-    if (most <= kFewInputs)
+    if (most <= kAlone)
         piece = rows_a_piece(total * bytes, bytes, threads);
     run(threads, total, piece, work, &job);
 }
 
-// Three stacks of matrices: gate and up are [E, m, d], down is [E, d, m].
-struct Stacks {
-    Dtype kind;
-    const uint8_t *gate, *up, *down;
-    int64_t d, m;
+Packed matrix_of(Dtype kind, const void* stack, int64_t expert, int64_t rows, int64_t width) {
+    const int64_t bytes = tiles_of(rows) * tile_bytes(kind, width);
+    return {kind, static_cast<const uint8_t*>(stack) + expert * bytes, rows, width};
+}
 
-    Packed at(const uint8_t* stack, int64_t expert, int64_t rows, int64_t width) const {
-        return {kind, stack + expert * tiles_of(rows) * tile_bytes(kind, width), rows, width};
+// Tiles of all matrices at once: what they add to is one thread's, which goes through them in their order.
+void add_tiles(const void* pointer, int64_t begin, int64_t end) {
+    const Tiling& job = *static_cast<const Tiling*>(pointer);
+    Scratch memory(kSumRoom, Scratch::SUMS);
+    float* const room = memory.take(kSumRoom);
+    for (size_t index = 0; index < job.matrices.size(); ++index) {
+        Meeting meeting = job.meetings[index];
+        meeting.room = room;
+        job.level->tiles(job.matrices[index], meeting, begin, end);
     }
+}
+
+// The slots of some tokens, sorted by expert.
+struct Slots {
+    std::vector<QuantizedRow> x;
+    std::vector<void*> hidden, sums;
+    std::vector<float> shares;
+    std::vector<int64_t> experts;   // those that are asked
+    std::vector<int64_t> counts;    // slots of each
 };
 
-// out[slot, d] = what the slot's expert makes of its token, for slots of at most kTokens tokens x[n, d].
-void run_slots(const Stacks& s, Quantization& tokens, const int64_t* experts, int64_t n, int64_t k, float* hidden,
-               float* out, int threads, const Scratch& after) {
-    const int64_t slots = n * k;
-    Scratch memory = after;
-    quantize_all(tokens, n, threads, memory);
-    const std::vector<int64_t> order = by_expert(experts, slots);
-    std::vector<QuantizedRow> x(slots);
-    std::vector<void*> to_hidden(slots), to_out(slots);
-    for (int64_t at = 0; at < slots; ++at) {
-        x[at] = tokens.inputs[order[at] / k];
-        to_hidden[at] = hidden + at * s.m;  // in the order of experts, as the second product reads it
-        to_out[at] = out + order[at] * s.d;
+Slots sort_slots(const QuantizedRow* x, const Chosen& chosen, int64_t first, int64_t count, float* hidden, int64_t m,
+                 float* const* sums) {
+    const int64_t* const experts = chosen.experts + first * chosen.k;
+    Slots slots;
+    for (const int64_t slot : by_expert(experts, count * chosen.k)) {
+        const int64_t token = first + slot / chosen.k;
+        if (slots.experts.empty() || slots.experts.back() != experts[slot])
+            slots.experts.push_back(experts[slot]), slots.counts.push_back(0);
+        ++slots.counts.back();
+        slots.hidden.push_back(hidden + static_cast<int64_t>(slots.x.size()) * m);
+        slots.x.push_back(x[token]);
+        slots.sums.push_back(sums[token]);
+        slots.shares.push_back(chosen.weights[first * chosen.k + slot]);
     }
-    Tiling first{tokens.packed, tiles_of(s.m), {}, {}, {}}, second{tokens.packed, tiles_of(s.d), {}, {}, {}};
-    for (int64_t at = 0, next; at < slots; at = next) {
-        const int64_t expert = experts[order[at]];
-        for (next = at; next < slots && experts[order[next]] == expert; ++next) {}
-        first.matrices.push_back(s.at(s.gate, expert, s.m, s.d));
-        first.up.push_back(s.at(s.up, expert, s.m, s.d));
-        first.meetings.push_back({next - at, &x[at], &to_hidden[at], F32, nullptr});
-        second.matrices.push_back(s.at(s.down, expert, s.d, s.m));
-        second.meetings.push_back({next - at, nullptr, &to_out[at], F32, nullptr});
+    return slots;
+}
+
+// What `add_packed_experts` does, for at most kTokens tokens.
+void add_slots(const PackedLevel& level, int threads, const Stacks& s, const Slots& slots, float* hidden,
+               Scratch memory) {
+    Tiling first{&level, tiles_of(s.width), {}, {}, {}}, second{&level, tiles_of(s.channels), {}, {}, {}};
+    Quantization between{nullptr, &level, s.kind, F32, hidden, s.width, {}};
+    between.inputs.resize(slots.x.size());
+    for (size_t index = 0, at = 0; index < slots.experts.size(); at += slots.counts[index++]) {
+        const int64_t expert = slots.experts[index], count = slots.counts[index];
+        first.matrices.push_back(matrix_of(s.kind, s.gate, expert, s.width, s.channels));
+        first.up.push_back(matrix_of(s.kind, s.up, expert, s.width, s.channels));
+        first.meetings.push_back({count, &slots.x[at], &slots.hidden[at], F32, nullptr, nullptr, nullptr});
+        second.matrices.push_back(matrix_of(s.kind, s.down, expert, s.channels, s.width));
+        second.meetings.push_back(
+            {count, &between.inputs[at], &slots.sums[at], F32, nullptr, &slots.shares[at], nullptr});
     }
     run_job(first, threads);
-    Quantization between{tokens.level, tokens.packed, s.kind, F32, hidden, s.m, {}};
-    quantize_all(between, slots, threads, memory);
-    int64_t at = 0;
-    for (Meeting& meeting : second.meetings) {
-        meeting.x = &between.inputs[at];
-        at += meeting.count;
-    }
-    run_job(second, threads);
+    quantize_all(between, static_cast<int64_t>(slots.x.size()), threads, memory);
+    run(threads, second.tiles, 4, add_tiles, &second);
 }
 
 }  // namespace
+
+void add_packed_experts(const PackedLevel& level, int threads, const Stacks& stacks, const QuantizedRow* x,
+                        const Chosen& chosen, float* const* sums) {
+    const int64_t most = std::min(chosen.count, kTokens) * chosen.k;
+    Scratch memory(Scratch::rounded(most * stacks.width) + room_of_rows(most, stacks.width), Scratch::PACKED);
+    float* const hidden = memory.take(most * stacks.width);
+    for (int64_t first = 0; first < chosen.count; first += kTokens) {
+        const int64_t count = std::min(kTokens, chosen.count - first);
+        add_slots(level, threads, stacks, sort_slots(x, chosen, first, count, hidden, stacks.width, sums), hidden,
+                  memory);
+    }
+}
 
 const PackedLevel& packed_level_at(int32_t index) {
 #if defined(__x86_64__)
@@ -185,12 +218,13 @@ EXPORT void seekvl_packed_linear(int32_t level, int32_t threads, int32_t kind, i
     const Packed matrix{static_cast<Dtype>(kind), weight, o, i};
     const auto outer = static_cast<Dtype>(dtype);
     const PackedLevel& machine = packed_level_at(level);
-    Scratch memory(b * room_of_row(matrix.kind, i), Scratch::PACKED);
+    Scratch memory(room_of_rows(b, i), Scratch::PACKED);
     Quantization q{&float_level_at(level), &machine, matrix.kind, outer, x, i, {}};
     quantize_all(q, b, threads, memory);
     std::vector<void*> to(b);
     for (int64_t row = 0; row < b; ++row) to[row] = const_cast<char*>(shifted(y, row * o, outer));
-    run_job({&machine, tiles_of(o), {matrix}, {}, {{b, q.inputs.data(), to.data(), outer, bias}}}, threads);
+    const Meeting meeting{b, q.inputs.data(), to.data(), outer, bias, nullptr, nullptr};
+    run_job({&machine, tiles_of(o), {matrix}, {}, {meeting}}, threads);
 }
 
 // y[n, d] = sum over k of weights[n, k] * (SwiGLU of expert experts[n, k])(x[n, d]); x and y have one dtype,
@@ -199,24 +233,17 @@ EXPORT void seekvl_packed_experts(int32_t level, int32_t threads, int32_t kind, 
                                   const uint8_t* up, const uint8_t* down, const int64_t* experts,
                                   const float* weights, const void* x, void* y, int64_t n, int64_t k, int64_t d,
                                   int64_t m) {
-    const Stacks stacks{static_cast<Dtype>(kind), gate, up, down, d, m};
+    const Stacks stacks{static_cast<Dtype>(kind), gate, up, down, m, d};
     const auto outer = static_cast<Dtype>(dtype);
-    const int64_t most = std::min(n, kTokens), slots = most * k;
-    Scratch memory(Scratch::rounded(slots * m) + Scratch::rounded(slots * d) + most * room_of_row(stacks.kind, d) +
-                       slots * room_of_row(stacks.kind, m),
-                   Scratch::PACKED);
-    float *hidden = memory.take(slots * m), *out = memory.take(slots * d);
-    for (int64_t first = 0; first < n; first += kTokens) {
-        const int64_t some = std::min(kTokens, n - first);
-        Quantization q{&float_level_at(level), &packed_level_at(level), stacks.kind, outer,
-                       shifted(x, first * d, outer), d, {}};
-        run_slots(stacks, q, experts + first * k, some, k, hidden, out, threads, memory);
-        for (int64_t token = 0; token < some; ++token)
-            for (int64_t channel = 0; channel < d; ++channel) {
-                float sum = 0.0f;
-                for (int64_t slot = token * k; slot < token * k + k; ++slot)
-                    sum += weights[first * k + slot] * out[slot * d + channel];
-                put(outer, y, (first + token) * d + channel, sum);
-            }
-    }
+    const Level& machine = float_level_at(level);
+    Scratch memory(Scratch::rounded(n * d) + room_of_rows(n, d));
+    float* const sums = memory.take(n * d);
+    std::memset(sums, 0, n * d * sizeof(float));
+    Quantization q{&machine, &packed_level_at(level), stacks.kind, outer, x, d, {}};
+    quantize_all(q, n, threads, memory);
+    std::vector<float*> to(n);
+    for (int64_t token = 0; token < n; ++token) to[token] = sums + token * d;
+    add_packed_experts(*q.packed, threads, stacks, q.inputs.data(), {experts, weights, n, k}, to.data());
+    if (outer == F32) std::memcpy(y, sums, n * d * sizeof(float));
+    else machine.narrow(outer, sums, y, n * d);
 }

@@ -24,6 +24,10 @@ namespace seekvl {
 constexpr int64_t kTile = 16;                 // rows
 constexpr int64_t kUnit = 64;                 // inputs
 constexpr int64_t kInt4Unit = 64 + 512;       // bytes
+constexpr int64_t kFewInputs = 96;            // up to here a tile meets them in turns, see packed_tiles.h
+constexpr int64_t kMostInputs = 672;          // that a slice of weights meets at a time, see packed_many.h
+constexpr int64_t kSumRoom = 8 * kTile * kMostInputs;
+constexpr int64_t kSlice = 256;               // inputs that lie together, whole groups of either kind
 constexpr int64_t kInt8Group = 128, kInt4Group = 32;  // inputs with one scale; the last group may be shorter
 
 namespace {
@@ -31,9 +35,7 @@ namespace {
 constexpr bool is_packed(Dtype kind) { return kind == INT8 || kind == INT4; }
 constexpr int64_t padded(int64_t width) { return (width + kUnit - 1) / kUnit * kUnit; }
 constexpr int64_t group_of(Dtype kind) { return kind == INT8 ? kInt8Group : kInt4Group; }
-constexpr int64_t groups_of(Dtype kind, int64_t width) {
-    return (padded(width) + group_of(kind) - 1) / group_of(kind);
-}
+constexpr int64_t slices_of(int64_t width) { return (padded(width) + kSlice - 1) / kSlice; }
 constexpr int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 constexpr int64_t tile_bytes(Dtype kind, int64_t width) {
     return kind == INT8 ? 64 + kTile * padded(width) : padded(width) / kUnit * kInt4Unit;
@@ -47,11 +49,22 @@ struct Packed {
     int64_t rows, width;     // o, i
 };
 
-// A quantised input.
+// Of a group of inputs: the scale, and what sums begin with, minus the values times the zero of the weights.
+struct InputGroup {
+    float scale;
+    int32_t start;
+};
+
+// kSlice numbers of a quantised input; the last slice may be less than full.
+struct alignas(64) InputSlice {
+    int8_t values[kSlice];
+    InputGroup groups[kSlice / kInt4Group];
+};
+
+// A quantised input. Where many stand together, a slice of all lies together, and then the next.
 struct QuantizedRow {
-    int8_t* values;          // [padded(i)]
-    float* scales;           // [groups]
-    int32_t* starts;         // [groups], what sums begin with: minus the values times the zero of the weights
+    InputSlice* slices;
+    int64_t stride;          // from one to the next, in slices
 };
 
 // The inputs a matrix meets, and where results go.
@@ -61,6 +74,8 @@ struct Meeting {
     void* const* y;          // [b], each [o]
     Dtype output;
     const void* bias;        // [o] of `output`, or null
+    const float* shares;     // [b], or null; with it y is float32 and gets its share of the result added to what is there
+    float* room;             // [kSumRoom] where more than kFewInputs leave their sums
 };
 
 struct PackedLevel {

@@ -7,7 +7,7 @@
 
 #include <immintrin.h>
 
-#include "packed_tiles.h"
+#include "packed_level.h"
 
 namespace seekvl {
 namespace {
@@ -56,10 +56,19 @@ struct Avx2 {
             high.rows[half] = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
         }
     }
+    static void keep(uint8_t* to, const HalfLine& line) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), line.rows[0]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), line.rows[1]);
+    }
+    static HalfLine kept(const uint8_t* from) { return {{at(from), at(from + 32)}}; }
     static __m256i four(const int8_t* x) {
         int32_t bits;
         std::memcpy(&bits, x, sizeof bits);
         return _mm256_set1_epi32(bits);
+    }
+    template <class Value>
+    static const Value& loaded(const Value& value) {
+        return value;
     }
     static Ints dot(Ints sum, const Line& line, __m256i four) {
         for (int half = 0; half < 2; ++half) {

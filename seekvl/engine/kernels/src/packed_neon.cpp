@@ -3,7 +3,7 @@
 
 #include <arm_neon.h>
 
-#include "packed_tiles.h"
+#include "packed_level.h"
 
 namespace seekvl {
 namespace {
@@ -69,10 +69,22 @@ struct Neon {
             high.rows[part] = vreinterpretq_s8_u8(vshrq_n_u8(line, 4));
         }
     }
+    static void keep(uint8_t* to, const HalfLine& line) {
+        for (int part = 0; part < 4; ++part) vst1q_u8(to + 16 * part, vreinterpretq_u8_s8(line.rows[part]));
+    }
+    static HalfLine kept(const uint8_t* from) {
+        HalfLine out;
+        for (int part = 0; part < 4; ++part) out.rows[part] = vreinterpretq_s8_u8(vld1q_u8(from + 16 * part));
+        return out;
+    }
     static int8x16_t four(const int8_t* x) {
         int32_t bits;
         std::memcpy(&bits, x, sizeof bits);
         return vreinterpretq_s8_s32(vdupq_n_s32(bits));
+    }
+    template <class Value>
+    static const Value& loaded(const Value& value) {
+        return value;
     }
     static Ints dot(Ints sum, const Line& line, int8x16_t four) {
         for (int part = 0; part < 4; ++part) sum.rows[part] = dot(sum.rows[part], line.rows[part], four);

@@ -1,5 +1,5 @@
 // Any machine: plain C++ in the shape that compilers turn into vectors.
-#include "packed_tiles.h"
+#include "packed_level.h"
 
 namespace seekvl {
 namespace {
@@ -59,10 +59,16 @@ struct Portable {
     static void nibbles(const uint8_t* from, Line& low, Line& high) {
         for (int byte = 0; byte < 64; ++byte) low.v[byte] = from[byte] & 15, high.v[byte] = from[byte] >> 4;
     }
+    static void keep(uint8_t* to, const HalfLine& line) { std::memcpy(to, line.v, sizeof line.v); }
+    static HalfLine kept(const uint8_t* from) { return bytes(from); }
     static Four four(const int8_t* x) {
         Four out;
         std::memcpy(out.v, x, sizeof out.v);
         return out;
+    }
+    template <class Value>
+    static const Value& loaded(const Value& value) {
+        return value;
     }
     static Ints dot(Ints sum, const Line& line, Four four) {
         for (int row = 0; row < 16; ++row)

@@ -3,13 +3,13 @@
 
 #include <immintrin.h>
 
-#include "packed_tiles.h"
+#include "packed_level.h"
 
 namespace seekvl {
 namespace {
 
 struct Vnni {
-    static constexpr int few = 8, many = 12, tiles = 2;  // 24 of the 32 registers are sums
+    static constexpr int few = 8, many = 3, tiles = 4;  // 24 of the 32 registers are sums
     static constexpr int32_t byte_zero = 128;
     using Ints = __m512i;
     using Floats = __m512;
@@ -31,12 +31,14 @@ struct Vnni {
     }
     static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 
-    static Line bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+    static Line bytes(const uint8_t* from) { return kept(from); }
+    static HalfLine kept(const uint8_t* from) { return _mm512_loadu_si512(from); }
     static void nibbles(const uint8_t* from, HalfLine& low, HalfLine& high) {
         const __m512i line = _mm512_loadu_si512(from), mask = _mm512_set1_epi8(15);
         low = _mm512_and_si512(line, mask);
         high = _mm512_and_si512(_mm512_srli_epi16(line, 4), mask);
     }
+    static void keep(uint8_t* to, HalfLine line) { _mm512_storeu_si512(to, line); }
     static __m512i four(const int8_t* x) {
         int32_t bits;
         std::memcpy(&bits, x, sizeof bits);
@@ -46,6 +48,11 @@ struct Vnni {
     static Ints dot(Ints sum, Line line, __m512i four) {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(line), "v"(four));
         return sum;
+    }
+    // A value that is loaded here and now, once.
+    static __m512i loaded(__m512i value) {
+        asm volatile("" : "+v"(value));
+        return value;
     }
 };
 

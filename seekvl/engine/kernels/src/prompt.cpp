@@ -5,67 +5,20 @@
 #include <cmath>
 #include <vector>
 
-#include "cut.h"
 #include "experts.h"
 #include "jobs.h"
 #include "numbers.h"
-#include "pool.h"
+#include "prompt_products.h"
 #include "rotary.h"
 #include "router.h"
 
 namespace seekvl {
 namespace {
 
-constexpr int64_t kPiece = 32;          // rows of a matrix a thread takes at a time
 constexpr int64_t kGrain = 16;          // tokens, or columns of the cache, of what is no product
 constexpr int64_t kExpanded = 1 << 23;  // numbers of keys and values that are expanded from a latent at a time
 
 Dtype dtype_of(int64_t kind) { return static_cast<Dtype>(kind); }
-
-// Call task(index) for each index below `count`.
-template <class Task>
-void each(int threads, int64_t count, const Task& task) {
-    const auto work = [](const void* pointer, int64_t begin, int64_t end) {
-        for (int64_t index = begin; index < end; ++index) (*static_cast<const Task*>(pointer))(index);
-    };
-    run(threads, count, 1, work, &task);
-}
-
-// Neighbouring rows that share a block.
-struct Cut {
-    int64_t first, rows, lanes;
-    int64_t before;             // lanes of the blocks in front of it
-};
-
-struct Cuts {
-    std::vector<Cut> all;
-    int64_t lanes = 0;
-
-    // Of `count` rows from `first` on.
-    Cuts(const Many& many, int64_t first, int64_t count) {
-        cut(many, count, [&](int64_t at, int64_t rows, int64_t held) {
-            all.push_back({first + at, rows, held, lanes});
-            lanes += held;
-        });
-    }
-};
-
-// Rows of numbers, packed as their cuts say.
-struct Packed {
-    char* at;
-    int64_t width;
-    Dtype input;
-
-    Block block(const Cut& cut) const {
-        return {cut.rows, cut.lanes, at + cut.before * rounded_up(width, 2) * size_of(input)};
-    }
-};
-
-// A matrix and where the rows of its results begin, one for each row of the input.
-struct Target {
-    const Matrix* matrix;
-    float* const* rows;
-};
 
 // Memory for as many threads as compute at once.
 class Rooms {
@@ -98,6 +51,7 @@ void turn_with(const From* from, int64_t from_stride, int64_t columns, int64_t w
 struct Sizes {
     int64_t query, key, mixed, packed, hidden = 0;
     int64_t key_width, value_width;     // of a head that attends
+    Readers readers, hidden_readers;    // of the stream and of what attention leaves; of hidden numbers
 
     explicit Sizes(const Network& net)
         : query(net.heads * (net.nope + net.rotary)),
@@ -105,19 +59,29 @@ struct Sizes {
           mixed(net.heads * net.value),
           packed(std::max(net.width, mixed)),
           key_width(net.nope + net.rotary),
-          value_width(net.value) {
-        for (int64_t index = 0; index < net.layer_count; ++index)
-            hidden = std::max(hidden, net.layers[index].gate.rows);
+          value_width(net.value),
+          readers{&net.head},
+          hidden_readers{} {
+        for (int64_t index = 0; index < net.layer_count; ++index) {
+            const Layer& layer = net.layers[index];
+            hidden = std::max(hidden, layer.gate.rows);
+            readers.join({&layer.q, &layer.k, &layer.v, &layer.kv_a, &layer.o, &layer.gate, &layer.expert_gate});
+            hidden_readers.join({&layer.gate, &layer.down});
+        }
     }
+
+    // Whether hidden numbers are needed row by row.
+    bool hidden_rows() const { return hidden_readers.int8 || hidden_readers.int4; }
 };
 
 class Filling {
   public:
     Filling(const Machinery& machine, int threads, const Network& net, const Cache& cache, const Prompt& prompt)
-        : level_(machine.level), many_(machine.many), attend_(machine.attend), threads_(threads), net_(net),
-          cache_(cache), prompt_(prompt), sizes_(net), n_(prompt.n), seen_(prompt.start + prompt.n),
+        : level_(machine.level), many_(machine.many), packed_(machine.packed), attend_(machine.attend),
+          threads_(threads), net_(net), cache_(cache), prompt_(prompt), sizes_(net),
+          products_(level_, many_, packed_, threads), n_(prompt.n), seen_(prompt.start + prompt.n),
           first_(0), kv_heads_(net.latent ? net.heads : net.kv_heads),
-          input_(many_.pairs && net.layers[0].q.kind == BF16 ? BF16 : F32),
+          input_(many_.pairs && net.embed.kind == BF16 ? BF16 : F32),
           seen_input_(many_.pairs && cache.kind == BF16 ? BF16 : F32),
           latent_input_(input_ == BF16 && cache.kind == BF16 ? BF16 : F32),
           stride_(rounded_up(seen_, 2)),
@@ -133,14 +97,14 @@ class Filling {
         embed();
         for (int64_t index = 0; index < net_.layer_count; ++index) {
             const Layer& layer = net_.layers[index];
-            normalise(layer.attn_norm);
+            normalise(layer.attn_norm, {&layer.q, &layer.k, &layer.v, &layer.kv_a});
             keep(layer, index);
             if (index + 1 == net_.layer_count && !prompt_.hidden) {
                 if (!prompt_.logits) return;
-                go_on_with_last();
+                go_on_with_last(layer);
             }
             attend(layer, index);
-            normalise(layer.mlp_norm);
+            normalise(layer.mlp_norm, {&layer.gate, &layer.expert_gate});
             if (layer.router.weight) feed_experts(layer);
             else feed(layer);
         }
@@ -153,15 +117,15 @@ class Filling {
     void lay_out(Take take) {
         const int64_t half = net_.rotary / 2, experts = net_.router.experts;
         for (float** wide : {&x_, &normed_}) *wide = take(n_ * net_.width);
-        narrow_ = take((n_ * sizes_.packed + 1) / 2);
-        packed_ = take(packed_numbers(cuts_, sizes_.packed, input_));
-        hidden_ = take(packed_numbers(cuts_, sizes_.hidden, input_));
+        forms_ = make_forms(cuts_, sizes_.packed, input_, sizes_.readers, take);
+        hidden_forms_ = make_forms(cuts_, sizes_.hidden, input_, sizes_.hidden_readers, take);
+        if (sizes_.hidden_rows()) hidden_ = take(n_ * sizes_.hidden);
         q_ = take(n_ * sizes_.query), k_ = take(n_ * sizes_.key), v_ = take(net_.latent ? 0 : n_ * sizes_.key);
         mixed_ = take(n_ * sizes_.mixed);
         cos_ = take(n_ * half), sin_ = take(n_ * half);
         values_ = take(kv_heads_ * net_.value * stride_ * size_of(seen_input_) / 4 + 1);
         if (net_.latent) {
-            latents_ = take(packed_numbers(seen_cuts_, net_.latent, latent_input_));
+            latents_ = make_forms(seen_cuts_, net_.latent, latent_input_, {}, take);
             expanded_ = take(seen_ * expanded_heads() * (net_.nope + net_.value));
             keys_ = take(net_.heads * seen_ * sizes_.key_width * size_of(seen_input_) / 4 + 1);
         }
@@ -178,10 +142,6 @@ class Filling {
             return nullptr;
         });
         return count;
-    }
-
-    static int64_t packed_numbers(const Cuts& cuts, int64_t width, Dtype input) {
-        return cuts.lanes * rounded_up(width, 2) * size_of(input) / 4;
     }
 
     // Heads whose keys and values are expanded at a time.
@@ -215,10 +175,10 @@ class Filling {
     }
 
     // From here on only the last token counts: nobody asks for what the others become.
-    void go_on_with_last() {
+    void go_on_with_last(const Layer& layer) {
         first_ = n_ - 1;
         cuts_ = Cuts(many_, first_, 1);
-        pack(normed_, net_.width);
+        products_.prepare(normed_, net_.width, cuts_, {&layer.q}, forms_);
     }
 
     void norm(const Norm& norm, int64_t token) {
@@ -226,82 +186,24 @@ class Filling {
                     normed_ + token * net_.width, net_.width);
     }
 
-    // Norm the stream and pack it.
-    void normalise(const Norm& by) {
+    // Norm the stream and prepare it for its readers.
+    void normalise(const Norm& by, const Readers& readers) {
         each(threads_, cuts_.all.size(), [&](int64_t index) {
             const Cut& cut = cuts_.all[index];
             for (int64_t row = 0; row < cut.rows; ++row) norm(by, cut.first + row);
-            pack(normed_, net_.width, cut);
+            products_.prepare(normed_, net_.width, cut, readers, forms_);
         });
     }
 
-    void pack(const float* rows, int64_t width) {
-        each(threads_, cuts_.all.size(), [&](int64_t index) { pack(rows, width, cuts_.all[index]); });
-    }
+    // What `normalise` has prepared.
+    Prepared stream() const { return {forms_, cuts_, net_.width}; }
 
-    void pack(const float* rows, int64_t width, const Cut& cut) {
-        const void* from[kMostLanes];
-        if (input_ == BF16)
-            level_.narrow(BF16, rows + cut.first * width, narrowed(cut.first * width), cut.rows * width);
-        for (int64_t row = 0; row < cut.rows; ++row) {
-            const int64_t at = (cut.first + row) * width;
-            from[row] = input_ == BF16 ? narrowed(at) : static_cast<const void*>(rows + at);
-        }
-        many_.pack(product(width), input_, from, Packed{bytes(packed_), width, input_}.block(cut));
+    // The stream gets what a matrix makes of prepared rows.
+    void add_product(const Prepared& x, const Matrix& matrix) {
+        products_.multiply(x, {{&matrix, x_rows_.data()}}, ones_);
     }
 
     static char* bytes(float* numbers) { return reinterpret_cast<char*>(numbers); }
-
-    void* narrowed(int64_t at) { return reinterpret_cast<uint16_t*>(narrow_) + at; }
-
-    // A product of the layers' matrices, which are all of one kind.
-    Product product(int64_t width) const { return {dtype_of(net_.layers[0].q.kind), input_, F32, width}; }
-
-    // The rows begin <= o < end of a matrix; this thread probably takes `ahead` pieces further on next.
-    struct Piece {
-        const Target* target;
-        int64_t begin, end;
-    };
-
-    static Range range_of(const std::vector<Piece>& pieces, int64_t index, int threads) {
-        const Piece& piece = pieces[index];
-        const Piece& next = pieces[std::min<int64_t>(index + threads, pieces.size() - 1)];
-        return {piece.begin, piece.end, next.target == piece.target ? next.begin - piece.begin : 0};
-    }
-
-    static std::vector<Piece> pieces_of(const std::vector<Target>& targets) {
-        std::vector<Piece> pieces;
-        for (const Target& target : targets)
-            for (int64_t row = 0; row < target.matrix->rows; row += kPiece)
-                pieces.push_back({&target, row, std::min(row + kPiece, target.matrix->rows)});
-        return pieces;
-    }
-
-    // Multiply packed rows with each of the matrices.
-    void multiply(const Packed& x, const Cuts& cuts, const std::vector<Target>& targets) {
-        const std::vector<Piece> pieces = pieces_of(targets);
-        const Product by{dtype_of(targets[0].matrix->kind), x.input, F32, x.width};
-        each(threads_, pieces.size(), [&](int64_t index) {
-            const Piece& piece = pieces[index];
-            const Range range = range_of(pieces, index, threads_);
-            for (const Cut& cut : cuts.all)
-                many_.plain(by, x.block(cut), piece.target->matrix->weight, nullptr,
-                            reinterpret_cast<void* const*>(piece.target->rows + cut.first), range);
-        });
-    }
-
-    // The stream gets what the matrix makes of packed rows.
-    void add_product(const Packed& x, const Matrix& matrix) {
-        const std::vector<Target> targets{{&matrix, x_rows_.data()}};
-        const std::vector<Piece> pieces = pieces_of(targets);
-        each(threads_, pieces.size(), [&](int64_t index) {
-            const Range range = range_of(pieces, index, threads_);
-            for (const Cut& cut : cuts_.all)
-                many_.weighted(product(x.width), x.block(cut), matrix.weight, ones_, &x_rows_[cut.first], range);
-        });
-    }
-
-    Packed packed_rows(int64_t width) const { return {bytes(packed_), width, input_}; }
 
     // Where the cache keeps what a head has at a column.
     char* column_of(void* buffer, int64_t head, int64_t heads, int64_t column, int64_t width) const {
@@ -322,7 +224,7 @@ class Filling {
 
     void keep_heads(const Layer& layer, int64_t index) {
         const int64_t e = net_.rotary, half = e / 2, heads = net_.kv_heads;
-        multiply(packed_rows(net_.width), cuts_, {{&layer.k, k_rows_.data()}, {&layer.v, v_rows_.data()}});
+        products_.multiply(stream(), {{&layer.k, k_rows_.data()}, {&layer.v, v_rows_.data()}});
         each_token([&](int64_t token) {
             for (int64_t head = 0; head < heads; ++head) {
                 float* const key = k_rows_[token] + head * e;
@@ -336,7 +238,7 @@ class Filling {
     void keep_latents(const Layer& layer, int64_t index) {
         const int64_t half = net_.rotary / 2;
         const Norm& by = layer.latent_norm;
-        multiply(packed_rows(net_.width), cuts_, {{&layer.kv_a, k_rows_.data()}});
+        products_.multiply(stream(), {{&layer.kv_a, k_rows_.data()}});
         each_token([&](int64_t token) {
             float *latent = k_rows_[token], *key = latent + net_.latent;
             turn_pairs(key, token, half);
@@ -352,13 +254,13 @@ class Filling {
     }
 
     void attend(const Layer& layer, int64_t index) {
-        multiply(packed_rows(net_.width), cuts_, {{&layer.q, q_rows_.data()}});
+        products_.multiply(stream(), {{&layer.q, q_rows_.data()}});
         turn_queries();
         if (net_.latent) expand(layer.kv_b, index);
         else turn_values(index);
         attend_tiles(index);
-        pack(mixed_, sizes_.mixed);
-        add_product(packed_rows(sizes_.mixed), layer.o);
+        products_.prepare(mixed_, sizes_.mixed, cuts_, {&layer.o}, forms_);
+        add_product({forms_, cuts_, sizes_.mixed}, layer.o);
     }
 
     void turn_queries() {
@@ -422,8 +324,7 @@ class Filling {
 
     // Keys and values of every head from the latents of all columns, some heads at a time.
     void expand(const Matrix& kv_b, int64_t index) {
-        const Packed latents{bytes(latents_), net_.latent, latent_input_};
-        each(threads_, seen_cuts_.all.size(), [&](int64_t at) { pack_latents(seen_cuts_.all[at], index, latents); });
+        each(threads_, seen_cuts_.all.size(), [&](int64_t at) { pack_latents(seen_cuts_.all[at], index); });
         const int64_t rows = net_.nope + net_.value, most = expanded_heads();
         std::vector<float*> to(seen_);
         for (int64_t first = 0; first < net_.heads; first += most) {
@@ -431,7 +332,7 @@ class Filling {
             for (int64_t column = 0; column < seen_; ++column) to[column] = expanded_ + column * width;
             Matrix part = kv_b;
             part.weight = shifted(kv_b.weight, first * rows * kv_b.width, dtype_of(kv_b.kind)), part.rows = width;
-            multiply(latents, seen_cuts_, {{&part, to.data()}});
+            products_.multiply({latents_, seen_cuts_, net_.latent}, {{&part, to.data()}});
             each_part(heads, [&](int64_t head, int64_t begin, int64_t end) {
                 const float* from = expanded_ + begin * width + head * rows;
                 join_keys(first + head, from, width, begin, end, index);
@@ -440,12 +341,12 @@ class Filling {
         }
     }
 
-    void pack_latents(const Cut& cut, int64_t index, const Packed& latents) const {
+    void pack_latents(const Cut& cut, int64_t index) const {
         const void* from[kMostLanes];
         for (int64_t row = 0; row < cut.rows; ++row)
             from[row] = column_of(cache_.values[index], 0, 1, cut.first + row, net_.latent);
-        const Product by{dtype_of(net_.layers[0].q.kind), latent_input_, F32, net_.latent};
-        many_.pack(by, dtype_of(cache_.kind), from, latents.block(cut));
+        const Product by{latent_input_, latent_input_, F32, net_.latent};
+        many_.pack(by, dtype_of(cache_.kind), from, latents_.block(cut, net_.latent));
     }
 
     void* keys_of(int64_t head) const {
@@ -502,28 +403,24 @@ class Filling {
 
     // The SwiGLU, or the shared experts.
     void feed(const Layer& layer) {
-        const Packed x = packed_rows(net_.width), between{bytes(hidden_), layer.gate.rows, input_};
-        const std::vector<Target> targets{{&layer.gate, nullptr}};
-        const std::vector<Piece> pieces = pieces_of(targets);
-        each(threads_, pieces.size(), [&](int64_t index) {
-            const Range range = range_of(pieces, index, threads_);
-            for (const Cut& cut : cuts_.all)
-                many_.gated(product(net_.width), x.block(cut), layer.gate.weight, layer.up.weight, between.block(cut),
-                            nullptr, layer.gate.rows, range);
-        });
-        add_product(between, layer.down);
+        products_.gate(stream(), layer, hidden_, hidden_forms_);
+        add_product({hidden_forms_, cuts_, layer.gate.rows}, layer.down);
     }
 
     void feed_experts(const Layer& layer) {
-        const int64_t active = net_.router.active, count = n_ - first_;
         choose(layer);
         const Stacks stacks{dtype_of(layer.expert_gate.kind), layer.expert_gate.weight, layer.expert_up.weight,
                             layer.expert_down.weight, layer.expert_gate.rows, net_.width};
-        const int64_t from = first_ * net_.width;
-        const Routed routed{experts_.data() + first_ * active, weights_ + first_ * active,
-                            input_ == BF16 ? narrowed(from) : static_cast<const void*>(normed_ + from), input_, count,
-                            active};
-        add_experts(many_, threads_, stacks, routed, x_rows_[first_]);
+        const int64_t active = net_.router.active, from = first_ * net_.width;
+        const Chosen chosen{experts_.data() + first_ * active, weights_ + first_ * active, n_ - first_, active};
+        if (is_packed(stacks.kind)) {
+            add_packed_experts(packed_, threads_, stacks, &forms_.quantized(stacks.kind)[first_], chosen,
+                               &x_rows_[first_]);
+        } else {
+            const void* const x = input_ == BF16 ? forms_.narrow + from : static_cast<const void*>(normed_ + from);
+            add_experts(many_, threads_, stacks, {chosen.experts, chosen.weights, x, input_, chosen.count, active},
+                        x_rows_[first_]);
+        }
         if (layer.gate.weight) feed(layer);
     }
 
@@ -556,37 +453,48 @@ class Filling {
         if (!prompt_.logits) return;
         const float* last = normed_ + (n_ - 1) * net_.width;
         const Matrix& head = net_.head;
-        const bool pairs = level_.pairs && head.kind == BF16;
-        if (pairs) level_.narrow(BF16, last, narrowed(0), net_.width);
-        Part part{{dtype_of(head.kind), pairs ? BF16 : F32, F32, head.width}, head.rows, {}, {}};
+        Part part{{dtype_of(head.kind), dtype_of(head.kind), F32, head.width}, head.rows, {}, {}};
         Operand& m = part.matrix;
         m.weight = head.weight, m.bias = head.bias, m.batch = 1;
-        m.x[0] = pairs ? narrowed(0) : static_cast<const void*>(last), m.y[0] = prompt_.logits;
-        Job job(level_, threads_);
+        m.y[0] = prompt_.logits;
+        if (is_packed(part.product.weight)) {
+            const QuantizedRow& row = forms_.quantized(head.kind)[n_ - 1];
+            packed_.quantize(part.product.weight, last, net_.width, row);
+            m.x[0] = &row;
+        } else if (level_.pairs && head.kind == BF16) {
+            level_.narrow(BF16, last, forms_.narrow, net_.width);
+            m.x[0] = forms_.narrow;
+        } else {
+            part.product.input = F32, m.x[0] = last;
+        }
+        Job job(level_, threads_, &packed_);
         job.add(part);
         job.run();
     }
 
     const Level& level_;
     const Many& many_;
+    const PackedLevel& packed_;
     AttendTile attend_;
     int threads_;
     const Network& net_;
     const Cache& cache_;
     const Prompt& prompt_;
     Sizes sizes_;
+    Products products_;
     int64_t n_, seen_;
     int64_t first_;                     // of the tokens that go on
     int64_t kv_heads_;                  // that attend; with a latent all of them
-    Dtype input_;                       // of the products with the layers' matrices
+    Dtype input_;                       // of the products with plain matrices
     Dtype seen_input_, latent_input_;   // of those with keys and values, and with latents
     int64_t stride_;                    // of turned values
     Cuts cuts_, seen_cuts_;
     std::vector<int64_t> experts_;
-    Scratch scratch_;
+    Forms forms_, hidden_forms_, latents_;
+    Scratch scratch_;                   // behind the forms, which are laid out to know its size
     std::vector<float*> x_rows_, q_rows_, k_rows_, v_rows_;
-    float *x_, *normed_, *narrow_, *packed_, *hidden_, *q_, *k_, *v_, *mixed_, *cos_, *sin_, *values_;
-    float *latents_ = nullptr, *expanded_ = nullptr, *keys_ = nullptr;
+    float *x_, *normed_, *q_, *k_, *v_, *mixed_, *cos_, *sin_, *values_;
+    float *hidden_ = nullptr, *expanded_ = nullptr, *keys_ = nullptr;
     float *scores_, *ranking_, *bias_, *weights_, *ones_, *rooms_;
     int64_t room_;
 };

@@ -23,6 +23,7 @@ struct Prompt {
 struct Machinery {
     const Level& level;
     const Many& many;
+    const PackedLevel& packed;
     AttendTile attend;
 };
 

@@ -21,8 +21,7 @@ class Input {
     // Numbers of float32 that rows take beside themselves, whatever kinds of weights they meet.
     static int64_t room(int64_t count, int64_t width) {
         const int64_t rows = Scratch::rounded<QuantizedRow>(count);
-        const int64_t bytes = count * room_of_row(INT8, width), nibbles = count * room_of_row(INT4, width);
-        return Scratch::rounded(count * width) + 2 * rows + bytes + nibbles;
+        return Scratch::rounded(count * width) + 2 * (rows + room_of_rows(count, width));
     }
 
     Input(const Level& level, const PackedLevel& packed, const float* rows, int64_t count, int64_t width, float* room)
@@ -49,10 +48,9 @@ class Input {
         QuantizedRow*& rows = quantized_[kind == INT4];
         if (rows) return rows;
         rows = room_.take<QuantizedRow>(count_);
-        for (int64_t index = 0; index < count_; ++index) {
-            rows[index] = row_in(room_, kind, width_);
+        rows_in(room_, width_, count_, rows);
+        for (int64_t index = 0; index < count_; ++index)
             packed_.quantize(kind, rows_ + index * width_, width_, rows[index]);
-        }
         return rows;
     }
 
