@@ -27,6 +27,8 @@ from peer_transformers import Clock, peak_memory, processor
 from torch import Tensor
 
 import seekvl
+from seekvl.engine.kernels.accelerate import accelerate
+from seekvl.engine.kernels.towers import TOWERS, tower_level
 from seekvl.evals.machine import Neighbours, wait_until_quiet
 from seekvl.models.adaptor import AdaptorConfig
 from seekvl.models.cost import sam_flops, siglip_flops
@@ -66,6 +68,8 @@ class Task:
     """Normalised pixels f[n, 3, S, S]."""
     flops: int
     """Operations, windows without their padding."""
+    level: str | None
+    """Of the kernels that compute our side in one call; None where torch does."""
 
 
 def main() -> None:
@@ -79,6 +83,7 @@ def main() -> None:
             seconds, features = alternate(task, args=args)
             pair = features["seekvl"], features[PEER]
             notes.append(agree({"features": pair}, what=task.name, tolerance=TOLERANCE[dtype]))
+            notes.append(f"{task.name}: blocks computed by {task.level or 'torch'}")
             values[task.name] = seconds | {"flops": float(task.flops)}
     report(values, notes=notes, neighbours=neighbours, args=args)
 
@@ -140,6 +145,7 @@ def hybrid_tasks(args: argparse.Namespace, *, dtype: torch.dtype) -> Iterator[Ta
             },
             pixels=pictures(1, vision.low.image_size, dtype=dtype),
             flops=siglip_flops(vision.low),
+            level=tower_level(tower.low),
         )
     if "sam" in args.figures:
         yield Task(
@@ -150,6 +156,7 @@ def hybrid_tasks(args: argparse.Namespace, *, dtype: torch.dtype) -> Iterator[Ta
             },
             pixels=pictures(1, vision.high.image_size, dtype=dtype),
             flops=sam_flops(vision.high),
+            level=tower_level(tower.high),
         )
 
 
@@ -159,6 +166,7 @@ def tile_tasks(args: argparse.Namespace, *, dtype: torch.dtype) -> Iterator[Task
     if args.tiny:
         vision = replace(vision, image_size=64, width=32, layers=2, heads=2, mlp_width=64)
     tower, peer = towers(vision, dtype=dtype)
+    assert isinstance(tower, Siglip)
     model: Any = peer.model
     runs: dict[str, Run] = {
         "seekvl": lambda x: tower(x, normalized=True),
@@ -167,7 +175,8 @@ def tile_tasks(args: argparse.Namespace, *, dtype: torch.dtype) -> Iterator[Task
     for name, count in (("so400m", 1), ("so400m_10", TILES)):
         if name in args.figures:
             tiles = pictures(count, vision.image_size, dtype=dtype)
-            yield Task(name=name, runs=runs, pixels=tiles, flops=siglip_flops(vision, pictures=count))
+            flops = siglip_flops(vision, pictures=count)
+            yield Task(name=name, runs=runs, pixels=tiles, flops=flops, level=tower_level(tower))
 
 
 Towers = tuple[
@@ -197,6 +206,7 @@ def towers(vision: Any, *, dtype: torch.dtype) -> Towers:
     with no_init_weights():
         peer = getattr(transformers, f"{family}ForConditionalGeneration")(peer_config).to(dtype).eval()
     peer.load_state_dict(published, assign=True)
+    accelerate(ours.vision, kernels=TOWERS)
     return ours.vision, peer
 
 
