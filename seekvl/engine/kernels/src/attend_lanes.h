@@ -44,17 +44,29 @@ void score_columns(const Tile& tile, const Product& product, const Block& querie
     }
 }
 
+// Scores as they are.
+struct Nothing {
+    static constexpr bool adds = false;
+};
+
 // Exponentials of the scores of so many columns, and what they change of what is carried. Where a token sees none of
 // the columns its factor is 1 and its sum stays: the least of e^x, which is what these columns give, is nothing
-// beside a sum of at least 1.
-template <class Machine>
-void exponentiate(int64_t columns, int64_t lanes, bool begun, Softmax& softmax) {
+// beside a sum of at least 1. `terms` as of `exponential`; `more` is added to the scores before, more(column, lane, v).
+template <class Machine, int terms, class More = Nothing>
+void exponentiate(int64_t columns, int64_t lanes, bool begun, Softmax& softmax, const More& more = {}) {
     constexpr int step = Machine::template lanes<float>;
     for (int64_t lane = 0; lane < lanes; lane += step) {
         const auto score = [&](int64_t column) { return softmax.scores[column / kStrip][column % kStrip] + lane; };
         const auto before = begun ? Machine::load(softmax.greatest + lane) : Machine::spread(-INFINITY);
         auto most = before;
-        for (int64_t column = 0; column < columns; ++column) most = Machine::max(most, Machine::load(score(column)));
+        for (int64_t column = 0; column < columns; ++column) {
+            auto found = Machine::load(score(column));
+            if constexpr (More::adds) {
+                found = more(column, lane, found);
+                Machine::store(score(column), found);
+            }
+            most = Machine::max(most, found);
+        }
         Machine::store(softmax.greatest + lane, most);
         float shift[step];
         Machine::store(shift, most);
@@ -63,7 +75,7 @@ void exponentiate(int64_t columns, int64_t lanes, bool begun, Softmax& softmax) 
         const auto factor = exponential<Machine>(Machine::add(before, down));
         auto sum = Machine::zero();
         for (int64_t column = 0; column < columns; ++column) {
-            const auto e = exponential<Machine>(Machine::add(Machine::load(score(column)), down));
+            const auto e = exponential<Machine, terms>(Machine::add(Machine::load(score(column)), down));
             Machine::store(score(column), e);
             sum = Machine::add(sum, e);
         }
@@ -143,7 +155,7 @@ void attend(const Tile& tile, float* room) {
     for (int64_t start = 0; start < end; start += kColumns) {
         const int64_t last = start + kColumns < end ? start + kColumns : end, columns = last - start;
         score_columns<Machine, Lanes, Pairs>(tile, product, queries, start, last, softmax);
-        exponentiate<Machine>(columns, lanes, start > 0, softmax);
+        exponentiate<Machine, 7>(columns, lanes, start > 0, softmax);
         forget_unseen(tile, start, last, softmax);
         pack_shares<Machine, Pairs>(softmax, columns, {tile.rows, lanes, shares}, tile.input);
         if (pairs)

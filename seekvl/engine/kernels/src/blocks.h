@@ -255,6 +255,7 @@ void weighted(const Product& product, const Block& x, const void* weight, const 
               const Range& range) {
     alignas(kLine) Sums sums;
     for (int64_t o = range.begin; o < range.end; o += kStrip) {
+        for (int64_t row = 0; row < x.rows; ++row) __builtin_prefetch(to[row] + o, 1);  // a line of each, far apart
         sum_strip<Machine, Lanes, Pairs>(product, strip_of(product, weight, range, o, kStrip), x, sums);
         const int64_t count = range.end - o < kStrip ? range.end - o : kStrip;
         by_row<Lanes>(sums, x, [&](int64_t row, int64_t rows, const Turned& results) {

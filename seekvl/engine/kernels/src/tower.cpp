@@ -15,6 +15,11 @@ constexpr int64_t kPieceBytes = 1 << 17;    // of the rows of a matrix a thread 
 constexpr int64_t kMostRows = 32;           // but no more rows than these
 constexpr int64_t kWave = 768;              // lanes that go through products together: what is hidden stays in a cache
 constexpr int64_t kGrain = 16;              // patches of what is no product
+constexpr int64_t kLineNumbers = 32;        // of a cache line, in half precision
+
+// So many numbers that rows of them lie an odd number of cache lines apart, or twice one in float32. Rows a power of two
+// apart would share a few places of a cache.
+int64_t apart(int64_t numbers) { return (rounded_up(numbers, kLineNumbers) / kLineNumbers | 1) * kLineNumbers; }
 
 // Patches that see each other. They are neighbours in the stream; padding stands behind them among the keys.
 struct Square {
@@ -33,7 +38,8 @@ struct Squares {
     // `patches` have places, and so has the padding behind them.
     void add(const std::vector<Place>& patches, const std::vector<Place>& padding) {
         const int64_t rows = patches.size(), columns = rows + padding.size();
-        all.push_back({static_cast<int64_t>(places.size()), rows, columns, rounded_up(columns, 2), keys, values, patches});
+        all.push_back({static_cast<int64_t>(places.size()), rows, columns, apart(columns + columns % 2), keys, values,
+                       patches});
         Square& square = all.back();
         square.places.insert(square.places.end(), padding.begin(), padding.end());
         places.insert(places.end(), patches.begin(), patches.end());
@@ -103,7 +109,7 @@ class Seeing {
           t_(tower.grid * tower.grid), c_(tower.width), e_(tower.width / tower.heads),
           windows_(windows_of(tower.grid, tower.window, whole_)), plan_(many_, windows_), scratch_(needed()) {
         lay_out([this](int64_t count) { return scratch_.take(count); });
-        for (int64_t patch = 0; patch < t_; ++patch) x_rows_.push_back(x_ + patch * c_);
+        for (int64_t patch = 0; patch < t_; ++patch) x_rows_.push_back(x_ + patch * apart(c_));
         std::fill(ones_, ones_ + t_, 1.0f);
     }
 
@@ -123,7 +129,7 @@ class Seeing {
     template <class Take>
     void lay_out(Take take) {
         const int64_t size = size_of(input_);
-        x_ = take(t_ * c_), ones_ = take(t_), bias_ = take(c_);
+        x_ = take(t_ * apart(c_)), ones_ = take(t_), bias_ = take(c_);
         packed_ = take(plan_.most * c_ * size / 4);
         hidden_ = take(plan_.most * rounded_up(tower_.hidden, 2) * size / 4);
         seeing_ = take(plan_.lanes * c_ * size / 4);
@@ -306,12 +312,13 @@ class Seeing {
         const auto bias = [&](int64_t at) { return get(kind_, qkv.bias, at); };
         each(threads_, squares.all.size(), [&](int64_t index) {
             const Square& square = squares.all[index];
+            const int64_t end = square.columns + square.columns % 2;
             for (int64_t channel = 0; channel < c_; ++channel) {
-                for (int64_t column = square.rows; column < square.columns; ++column) {
-                    put(input_, key_of(square, channel / e_, column), channel % e_, bias(c_ + channel));
-                    put(input_, values_of(square, channel), column, bias(2 * c_ + channel));
-                }
-                if (square.columns < square.stride) put(input_, values_of(square, channel), square.columns, 0.0f);
+                const float key = bias(c_ + channel), value = bias(2 * c_ + channel);
+                char *const keys = key_of(square, channel / e_, 0), *const values = values_of(square, channel);
+                for (int64_t column = square.rows; column < square.columns; ++column)
+                    put(input_, keys, column * e_ + channel % e_, key), put(input_, values, column, value);
+                if (square.columns < end) put(input_, values, square.columns, 0.0f);
             }
         });
     }

@@ -7,21 +7,32 @@
 namespace seekvl {
 namespace {
 
-// x times the share of a normal distribution that lies below x. The share of what lies beyond |x| is a polynomial of
-// 1 / (1 + p |x|) times e^(-x^2 / 2), to 1e-7 (Abramowitz and Stegun 7.1.26).
-inline float gelu_erf(float x) {
-    const float z = (x < 0.0f ? -x : x) * 0.707106781f, t = 1.0f / (1.0f + 0.3275911f * z);
-    float beyond = 0.5f * 1.061405429f;
-    beyond = beyond * t - 0.5f * 1.453152027f;
-    beyond = beyond * t + 0.5f * 1.421413741f;
-    beyond = beyond * t - 0.5f * 0.284496736f;
-    beyond = beyond * t + 0.5f * 0.254829592f;
-    beyond = beyond * t * exp_of(-z * z);
-    return x * (x < 0.0f ? beyond : 1.0f - beyond);
+// A function that rises from 0 to 1 around 0.5 at x = 0, as x times a quotient of polynomials of x^2; beyond the limit,
+// where it is 0 or 1 to all bits that count, it is what it is there.
+struct Rise {
+    float limit, above[6], below[6];
+};
+
+// The share of a normal distribution below x, and the form of it with a tangent, 1 / (1 + e^(-2 u)) for
+// u = sqrt(2 / pi) (x + 0.044715 x^3). Fitted to 1e-8; x times one of them is right to 3e-7 of the larger of 1 and |x|.
+constexpr Rise kNormal{
+    5.4f,
+    {0.398942232f, 3.33722346e-2f, 4.65085171e-3f, 1.64321813e-4f, 6.36002369e-6f, 2.33867521e-8f},
+    {1.0f, 0.250317872f, 2.83786934e-2f, 1.85898214e-3f, 7.24002384e-5f, 1.21659173e-6f}};
+constexpr Rise kTangent{
+    5.2f,
+    {0.398942322f, 3.02962437e-2f, 3.63099715e-3f, 1.32868372e-4f, 7.06945139e-6f, 2.42768898e-8f},
+    {1.0f, 0.243433803f, 2.43014805e-2f, 1.295844e-3f, 7.56620284e-5f, 1.3236662e-6f}};
+
+inline float polynomial(const float (&c)[6], float u) {
+    return c[0] + u * (c[1] + u * (c[2] + u * (c[3] + u * (c[4] + u * c[5]))));
 }
 
-// The form with a tangent: (1 + tanh u) / 2 is 1 / (1 + e^(-2u)).
-inline float gelu_tanh(float x) { return x / (1.0f + exp_of(-1.59576912f * (x + 0.044715f * x * x * x))); }
+inline float gelu(const Rise& rise, float x) {
+    x = x < -rise.limit ? -rise.limit : x;  // what is left of it there is nothing
+    const float at = x > rise.limit ? rise.limit : x, u = at * at;
+    return x * (0.5f + at * polynomial(rise.above, u) / polynomial(rise.below, u));
+}
 
 // Lanes in use, and up to a vector more.
 template <class Function>
@@ -32,8 +43,8 @@ inline void bend_with(Function function, float* lanes, int64_t count) {
 }
 
 inline void bend(Curve curve, float factor, float* lanes, int64_t count) {
-    if (curve == GELU_ERF) bend_with([=](float x) { return gelu_erf(x) * factor; }, lanes, count);
-    else if (curve == GELU_TANH) bend_with([=](float x) { return gelu_tanh(x) * factor; }, lanes, count);
+    if (curve == GELU_ERF) bend_with([=](float x) { return gelu(kNormal, x) * factor; }, lanes, count);
+    else if (curve == GELU_TANH) bend_with([=](float x) { return gelu(kTangent, x) * factor; }, lanes, count);
     else bend_with([=](float x) { return x * factor; }, lanes, count);
 }
 
@@ -131,16 +142,19 @@ void distance_scores(const Sight& sight, const void* table, At place, Lane* prod
             to[s][lane] = d.factor * products[place(lane < rows ? lane : 0) - s + d.side - 1 - least][lane];
 }
 
-inline void add_distances(const Distances& d, int64_t start, int64_t columns, int64_t lanes, const Lane* rows,
-                          const Lane* cols, Softmax& softmax) {
-    for (int64_t column = 0; column < columns; ++column) {
-        const Place& key = d.keys[start + column];
-        float* __restrict score = softmax.scores[column / kStrip][column % kStrip];
-        const float *__restrict row = rows[key.row], *__restrict col = cols[key.column];
-        for (int64_t from = 0; from < lanes; from += kStrip)
-            for (int l = 0; l < kStrip; ++l) score[from + l] += row[from + l] + col[from + l];
+// What the places of some columns add to their scores.
+template <class Machine>
+struct Added {
+    static constexpr bool adds = true;
+    const Place* keys;
+    Lane *rows, *columns;
+
+    typename Machine::Vector operator()(int64_t column, int64_t lane, typename Machine::Vector score) const {
+        const Place& key = keys[column];
+        score = Machine::add(score, Machine::load(rows[key.row] + lane));
+        return Machine::add(score, Machine::load(columns[key.column] + lane));
     }
-}
+};
 
 template <class Machine, class Lanes, class Pairs>
 void put_looks(const Sight& sight, const Softmax& softmax, Sums* results) {
@@ -155,45 +169,47 @@ void put_looks(const Sight& sight, const Softmax& softmax, Sums* results) {
     }
 }
 
-template <class Machine, class Lanes, class Pairs = Lanes>
-void look(const Sight& sight, float* room) {
-    const bool pairs = Machine::pairs && sight.input == BF16, far = sight.distances.rows;
+// `Shares` are the lanes in which shares meet values, `terms` those of their exponentials, see `exponential`.
+template <class Machine, class Lanes, class Pairs, class Shares, int terms>
+void look_with(const Sight& sight, float* room) {
     const int64_t lanes = sight.queries.lanes, results_bytes = (sight.width + kStrip - 1) / kStrip * sizeof(Sums);
+    const Distances& far = sight.distances;
     char* at = reinterpret_cast<char*>(room);
     Softmax& softmax = *static_cast<Softmax*>(taken(at, sizeof(Softmax)));
     Sums* const results = static_cast<Sums*>(taken(at, results_bytes));
-    void* const shares = taken(at, kColumns * sizeof(Lane));
-    Lane *rows = nullptr, *cols = nullptr;
-    if (far) {
-        const Distances& d = sight.distances;
-        rows = static_cast<Lane*>(taken(at, d.side * sizeof(Lane)));
-        cols = static_cast<Lane*>(taken(at, d.side * sizeof(Lane)));
+    auto* const shares = static_cast<typename Shares::Number*>(taken(at, kColumns * sizeof(Lane)));
+    Added<Machine> added{far.keys, static_cast<Lane*>(taken(at, far.side * sizeof(Lane))),
+                         static_cast<Lane*>(taken(at, far.side * sizeof(Lane)))};
+    if (far.rows) {
         Lane* const products = reinterpret_cast<Lane*>(at);
         distance_scores<Machine, Lanes, Pairs>(
-            sight, d.rows, [&](int64_t lane) { return d.queries[lane].row; }, products, rows);
+            sight, far.rows, [&](int64_t lane) { return far.queries[lane].row; }, products, added.rows);
         distance_scores<Machine, Lanes, Pairs>(
-            sight, d.columns, [&](int64_t lane) { return d.queries[lane].column; }, products, cols);
+            sight, far.columns, [&](int64_t lane) { return far.queries[lane].column; }, products, added.columns);
     }
     Tile tile{};
     tile.kind = tile.input = sight.input, tile.key_width = tile.value_width = sight.width;
     tile.keys = sight.keys, tile.values = sight.values, tile.stride = sight.stride;
     tile.rows = sight.queries.rows, tile.first = sight.columns;  // nobody is in front of a column
     const Product product{sight.input, sight.input, F32, sight.width};
-    for (int64_t start = 0; start < sight.columns; start += kColumns) {
+    for (int64_t start = 0; start < sight.columns; start += kColumns, added.keys += kColumns) {
         const int64_t last = start + kColumns < sight.columns ? start + kColumns : sight.columns;
         const int64_t columns = last - start;
         score_columns<Machine, Lanes, Pairs>(tile, product, sight.queries, start, last, softmax);
-        if (far) add_distances(sight.distances, start, columns, lanes, rows, cols, softmax);
-        exponentiate<Machine>(columns, lanes, start > 0, softmax);
+        if (far.rows) exponentiate<Machine, terms>(columns, lanes, start > 0, softmax, added);
+        else exponentiate<Machine, terms>(columns, lanes, start > 0, softmax);
         pack_shares<Machine, Pairs>(softmax, columns, {tile.rows, lanes, shares}, sight.input);
-        if (pairs)
-            mix_columns_of<Pairs>(tile, static_cast<typename Pairs::Number*>(shares), lanes, start, columns, softmax,
-                                  results);
-        else
-            mix_columns_of<Lanes>(tile, static_cast<typename Lanes::Number*>(shares), lanes, start, columns, softmax,
-                                  results);
+        mix_columns_of<Shares>(tile, shares, lanes, start, columns, softmax, results);
     }
     put_looks<Machine, Lanes, Pairs>(sight, softmax, results);
+}
+
+// Shares that are rounded to bfloat16 need no more than four terms.
+template <class Machine, class Lanes, class Pairs = Lanes>
+void look(const Sight& sight, float* room) {
+    if constexpr (Machine::pairs)
+        if (sight.input == BF16) return look_with<Machine, Lanes, Pairs, Pairs, 4>(sight, room);
+    look_with<Machine, Lanes, Pairs, Lanes, 7>(sight, room);
 }
 
 template <class Machine, class Lanes, class Pairs = Lanes>
