@@ -21,6 +21,7 @@ from seekvl.models.quantized import KINDS, Kind
 from seekvl.models.sam import Sam, SamConfig
 from seekvl.models.siglip import Siglip, SiglipConfig
 from seekvl.weights.quantize import quantize_module
+from tests.parity import test_checkpoints, test_vl2_networks
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -416,6 +417,36 @@ def test_no_memory_is_an_error(native: Library, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(towers, "library", lambda: replace(native, tower=lambda *_: 1))
     with pytest.raises(MemoryError, match="no memory for a picture of 12 x 12 patches of 24"):
         tower(pictures(tower), normalized=True)
+
+
+@pytest.mark.parametrize(
+    "folder", ["vl1-siglip", "vl1-hybrid", "vl2-tiny-like", "vl2-small-like", "vl2-base-like"]
+)
+def test_golden_features(folder: str, level: str) -> None:
+    """Those of the reference, within the tolerances of tests/parity."""
+    if folder.startswith("vl1"):
+        checkpoint = test_checkpoints.load(folder, preprocessing="official")
+        model: Any = checkpoint.model
+        inputs = test_checkpoints.encode(checkpoint, folder, "single")
+        pixels, normalized = inputs.pixels, inputs.normalized
+    else:
+        model = test_vl2_networks.network(folder)
+        pixels, normalized = test_vl2_networks.tiles_of(folder, "wide"), True
+    accelerate(model.vision, level=level, kernels=TOWERS)
+    try:
+        towers_of = [tower for tower in model.vision.modules() if isinstance(tower, Siglip | Sam)]
+        assert all(tower_level(tower) == level for tower in towers_of)
+        found = model.vision(pixels, normalized=normalized)
+    finally:
+        accelerate(model.vision, level="off", kernels=TOWERS)
+    if folder.startswith("vl2"):
+        wanted = test_vl2_networks.values(folder)["wide/vision_features"]
+        assert test_vl2_networks.worst(found, wanted) < test_vl2_networks.FEATURES
+        return
+    names = ("vision_features_high", "vision_features_low") if len(towers_of) == 2 else ("vision_features",)
+    for name, features in zip(names, found if len(towers_of) == 2 else (found,), strict=True):
+        pair = test_checkpoints.expected(folder, "single", name, features)
+        assert test_checkpoints.worst(*pair) < test_checkpoints.FEATURES
 
 
 @pytest.mark.parametrize("folder", ["vl1-hybrid", "vl1-siglip", "vl2-tiny-like"])
