@@ -25,6 +25,8 @@ from sides import FLOPS, OURS, Values, agree, fill, print_figures, take_turns
 from torch import Tensor
 
 import seekvl
+from seekvl.engine.kernels.accelerate import accelerate
+from seekvl.engine.kernels.towers import TOWERS, tower_level
 from seekvl.evals.clock import Clock
 from seekvl.evals.machine import Neighbours, processor, wait_until_quiet
 from seekvl.models.adaptor import AdaptorConfig
@@ -65,6 +67,8 @@ class Task:
     """Normalised pixels f[n, 3, S, S]."""
     flops: int
     """Operations, windows without their padding."""
+    level: str | None
+    """Of the kernels that compute our side in one call; None where torch does."""
 
 
 def main() -> None:
@@ -78,6 +82,7 @@ def main() -> None:
             seconds, features = alternate(task, args=args)
             pair = features["seekvl"], features[PEER]
             notes.append(agree({"features": pair}, what=task.name, tolerance=TOLERANCE[dtype]))
+            notes.append(f"{task.name}: blocks computed by {task.level or 'torch'}")
             values[task.name] = seconds | {FLOPS: float(task.flops)}
     report(values, notes=notes, neighbours=neighbours, args=args)
 
@@ -139,6 +144,7 @@ def hybrid_tasks(args: argparse.Namespace, *, dtype: torch.dtype) -> Iterator[Ta
             },
             pixels=pictures(1, vision.low.image_size, dtype=dtype),
             flops=siglip_flops(vision.low),
+            level=tower_level(tower.low),
         )
     if "sam" in args.figures:
         yield Task(
@@ -149,6 +155,7 @@ def hybrid_tasks(args: argparse.Namespace, *, dtype: torch.dtype) -> Iterator[Ta
             },
             pixels=pictures(1, vision.high.image_size, dtype=dtype),
             flops=sam_flops(vision.high),
+            level=tower_level(tower.high),
         )
 
 
@@ -158,6 +165,7 @@ def tile_tasks(args: argparse.Namespace, *, dtype: torch.dtype) -> Iterator[Task
     if args.tiny:
         vision = replace(vision, image_size=64, width=32, layers=2, heads=2, mlp_width=64)
     tower, peer = towers(vision, dtype=dtype)
+    assert isinstance(tower, Siglip)
     model: Any = peer.model
     runs: dict[str, Run] = {
         "seekvl": lambda x: tower(x, normalized=True),
@@ -166,7 +174,8 @@ def tile_tasks(args: argparse.Namespace, *, dtype: torch.dtype) -> Iterator[Task
     for name, count in (("so400m", 1), ("so400m_10", TILES)):
         if name in args.figures:
             tiles = pictures(count, vision.image_size, dtype=dtype)
-            yield Task(name=name, runs=runs, pixels=tiles, flops=siglip_flops(vision, pictures=count))
+            flops = siglip_flops(vision, pictures=count)
+            yield Task(name=name, runs=runs, pixels=tiles, flops=flops, level=tower_level(tower))
 
 
 Towers = tuple[
@@ -196,6 +205,7 @@ def towers(vision: Any, *, dtype: torch.dtype) -> Towers:
     with no_init_weights():
         peer = getattr(transformers, f"{family}ForConditionalGeneration")(peer_config).to(dtype).eval()
     peer.load_state_dict(published, assign=True)
+    accelerate(ours.vision, kernels=TOWERS)
     return ours.vision, peer
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from seekvl.engine.budget import choose_limits
 from seekvl.engine.engine import Engine
 from seekvl.engine.kernels.accelerate import PACKED, accelerate
+from seekvl.engine.kernels.towers import TOWERS
 from seekvl.engine.request import (
     Completion,
     FinishReason,
@@ -121,8 +122,8 @@ class VLM:
         """Level of the CPU kernels that decoding runs on (see `engine.kernels.compiled`); None where torch
         computes, as on a GPU.
         """
-        for part in (model.vision, model.adaptor):
-            accelerate(part, kernels=PACKED)
+        accelerate(model.vision, kernels=TOWERS)
+        accelerate(model.adaptor, kernels=PACKED)
         self.engine = Engine(model, self.tokenizer, limits=choose_limits(model, chunk=prefill_chunk))
         """What answers. It keeps beginnings of prompts and features of pictures for questions to come, and
         serves calls from several threads together.

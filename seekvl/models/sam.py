@@ -233,15 +233,22 @@ class Sam(nn.Module):
             if self.config.pixel_mean is None or self.config.pixel_std is None:
                 raise SeekVLError("this SAM tower has no pixel mean: its processor must normalise the pixels")
             pixels = normalise(pixels, mean=self.config.pixel_mean, std=self.config.pixel_std)
-        x = rearrange(self.patch_embed(pixels), "n c y x -> n y x c").contiguous() + self.pos_embed
+        x = rearrange(self.patch_embed(pixels), "n c y x -> n y x c").contiguous()  # n g g c
+        x, side_branch = self.transform(x + self.pos_embed)
+        x = self.downsample(self.neck(x)) + self.downsample(self.neck_hd(side_branch)) * self.hd_alpha
+        return rearrange(x, "n c y x -> n (y x) c")
+
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the last block makes of embedded patches f[n, g, g, c], and what the first global one
+        does.
+        """
         side_branch = None
         for layer, block in enumerate(self.blocks):
             x = block(x)
             if layer == self.config.global_layers[0]:
                 side_branch = x
         assert side_branch is not None
-        x = self.downsample(self.neck(x)) + self.downsample(self.neck_hd(side_branch)) * self.hd_alpha
-        return rearrange(x, "n c y x -> n (y x) c")
+        return x, side_branch
 
     def downsample(self, x: Tensor) -> Tensor:
         """Resize a neck map to resize_side in float32, then halve it twice; no activation lies between."""

@@ -144,7 +144,10 @@ class Siglip(nn.Module):
             pixels = normalise(pixels, mean=self.config.pixel_mean, std=self.config.pixel_std)
         # Sums keep the layout of their parts: a stream left in that of the convolution is slow in each block.
         x = rearrange(self.patch_embed(pixels), "n c y x -> n (y x) c").contiguous()  # n t c
-        x = x + self.pos_embed
+        return self.transform(x + self.pos_embed)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Return the features f[n, t, c] of embedded patches f[n, t, c]."""
         for block in self.blocks:
             x = block(x)
         out: Tensor = self.norm(x)

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.0")
+from seekvl.engine.kernels.accelerate import MOST_ROWS
+from seekvl.engine.kernels.compiled import SWITCH, choose_level
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import vision as program
 
@@ -28,6 +31,18 @@ def test_every_figure_of_both_sides(dtype: str, run: Run) -> None:
     assert tuple(read_figures(said, peer="transformers")) == program.FIGURES
     for name in program.FIGURES:
         assert f"{name}: results differ by at most" in said
+        assert f"{name}: blocks computed by {computer()}" in said
+
+
+def computer() -> str:
+    """Who computes towers on this machine."""
+    level = choose_level()
+    return level if level in MOST_ROWS else "torch"
+
+
+def test_switched_off_torch_computes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "off")
+    assert "siglip: blocks computed by torch" in run(*QUICK, "--figures", "siglip")
 
 
 def test_figures_can_be_chosen(run: Run) -> None:

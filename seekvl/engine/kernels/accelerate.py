@@ -6,7 +6,7 @@ fast, with a gradient. Experts learn through them, too.
 """
 
 from collections.abc import Mapping
-from typing import TypeAlias, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,22 +173,27 @@ class KernelQuantizedExperts(QuantizedExperts):
         )
 
 
-Accelerated: TypeAlias = KernelLinear | KernelExperts | KernelQuantizedLinear | KernelQuantizedExperts
+class Accelerated(Protocol):
+    """What every class of the kernels is told."""
 
-PACKED: dict[type[nn.Module], type[Accelerated]] = {
+    level: int
+    smallest: int | None
+
+
+PACKED: dict[type[nn.Module], type[nn.Module]] = {
     QuantizedLinear: KernelQuantizedLinear,
     QuantizedExperts: KernelQuantizedExperts,
 }
 """What takes the place of what in a quantised network."""
 
-KERNELS: dict[type[nn.Module], type[Accelerated]] = {
+KERNELS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: KernelLinear,
     Experts: KernelExperts,
     **PACKED,
 }
 """What takes the place of what. A subclass of these is somebody else's, and stays."""
 
-LEARNERS: dict[type[nn.Module], type[Accelerated]] = {Experts: KernelExperts}
+LEARNERS: dict[type[nn.Module], type[nn.Module]] = {Experts: KernelExperts}
 """What gains in a training step."""
 
 
@@ -197,13 +202,14 @@ def accelerate(
     *,
     level: str | None = None,
     smallest: int | None = None,
-    kernels: Mapping[type[nn.Module], type[Accelerated]] = KERNELS,
+    kernels: Mapping[type[nn.Module], type[nn.Module]] = KERNELS,
 ) -> str | None:
     """Let a network answer through the kernels; return the level they compute on.
 
     Its experts learn through them as well; `kernels=LEARNERS` takes those alone, for training. Quantised
-    layers read prompts through them, too, and of a network that only reads, such as a vision tower, nothing
-    but quantised layers gains: `kernels=PACKED` takes those alone.
+    layers read prompts through them, too, and of a network that only reads, such as an adaptor, nothing but
+    quantised layers gains: `kernels=PACKED` takes those alone. What a vision tower gains by is
+    `towers.TOWERS`.
 
     A weight of fewer than `smallest` bytes, by default those of `SMALLEST`, stays with torch. With `level`
     "off", or None and so said by the environment (see `choose_level`), layers get their own class back and
@@ -216,12 +222,13 @@ def accelerate(
     chosen = choose_level(level)
     plain = {kernel: own for own, kernel in kernels.items()}
     for module in network.modules():
-        own = plain.get(cast(type[Accelerated], type(module)), type(module))
+        own = plain.get(type(module), type(module))
         if own not in kernels:
             continue
         module.__class__ = own if chosen is None else kernels[own]
-        if isinstance(module, Accelerated) and chosen is not None:
-            module.level, module.smallest = LEVELS.index(chosen), smallest
+        if chosen is not None:
+            told = cast(Accelerated, module)
+            told.level, told.smallest = LEVELS.index(chosen), smallest
     return chosen
 
 

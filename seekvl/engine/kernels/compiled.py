@@ -151,6 +151,14 @@ class Prompt(Protocol):
         ...
 
 
+class Tower(Protocol):
+    """`seekvl_tower` of kernels.cpp; the addresses are those of structures of structures.py."""
+
+    def __call__(self, level: int, threads: int, tower: int, views: int, /) -> int:
+        """Write what becomes of the pictures; return 0, or 1 where memory is short."""
+        ...
+
+
 class PackedExperts(Protocol):
     """`seekvl_packed_experts` of packed.cpp: `Experts` with quantised matrices and any number of tokens."""
 
@@ -194,6 +202,7 @@ class Library:
     """Returns 0, or 1 where memory is short."""
     step: Step
     prompt: Prompt
+    tower: Tower
     packed_linear: Linear[None]
     """With a quantised matrix and any number of rows; its kind stands in the place of the weight's dtype."""
     packed_experts: PackedExperts
@@ -232,6 +241,7 @@ def library() -> Library:
     native.seekvl_experts_backward.argtypes = [*[i32] * 3, *[address] * 13, *[i64] * 5]
     native.seekvl_step.argtypes = [*[i32] * 2, *[address] * 4]
     native.seekvl_prompt.argtypes = [*[i32] * 2, *[address] * 3]
+    native.seekvl_tower.argtypes = [*[i32] * 2, *[address] * 2]
     native.seekvl_read.argtypes = [i32, address, i64]
     native.seekvl_read.restype = c_uint64
     native.seekvl_packed_linear.argtypes = [*[i32] * 4, *[address] * 4, *[i64] * 3]
@@ -252,6 +262,7 @@ def library() -> Library:
         experts_backward=native.seekvl_experts_backward,
         step=native.seekvl_step,
         prompt=native.seekvl_prompt,
+        tower=native.seekvl_tower,
         packed_linear=native.seekvl_packed_linear,
         packed_experts=native.seekvl_packed_experts,
         vnni=bool(native.seekvl_vnni()),

@@ -1,6 +1,7 @@
 """What the kernels do on this machine, in a line."""
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,24 @@ from seekvl.engine.kernels.decoder import decode
 from seekvl.engine.kernels.packed import packed_linear
 from seekvl.engine.kernels.products import MAX_ROWS, linear
 from seekvl.engine.kernels.prompts import prompt_logits, prompts_served
+from seekvl.engine.kernels.towers import TOWERS, tower_level
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.mla import MlaConfig
 from seekvl.models.moe import Experts, MoeConfig
 from seekvl.models.quantized import GROUP, KINDS, Kind, pack, rounded_inputs
+from seekvl.models.sam import Sam, SamConfig
+from seekvl.models.siglip import Siglip, SiglipConfig
 from seekvl.runtime import SeekVLError, torch_generator
 from seekvl.weights.quantize import STAYS, quantize_module
+
+N = TypeVar("N", bound=nn.Module)
 
 WIDTH = 515
 """No multiple of any vector."""
 
 STEP_LIMIT = 1e-5
-"""Largest difference of logits of size 1, of a step and of a prompt; float32 in two orders of summation
-leaves a tenth of it.
+"""Largest difference of logits of size 1, of a step and of a prompt, and of features; float32 in two orders of
+summation leaves a tenth of it.
 """
 
 INPUT_LIMIT = 0.05
@@ -48,13 +54,19 @@ LATENT = DeepseekV2Config(
 )
 """A language model with every part that a step has; with `mla` None it is one of plain attention."""
 
+PATCHES = SiglipConfig(image_size=40, patch_size=4, width=60, layers=2, heads=3, mlp_width=77)
+MAP = SamConfig(
+    image_size=40, patch_size=4, width=60, layers=2, heads=3, mlp_width=77, window=7, global_layers=(1,)
+)
+"""Two vision towers, of 100 patches each; the windows of the second are padded."""
+
 TOKENS = (0, 1, 130, 257)
 """What the rows of a step hold, and the token each is given."""
 
 
 def compare_with_torch() -> str:
-    """Multiply, decode and read a prompt with the kernels and with torch, multiply and decode with quantised
-    matrices, too; say on which level and how far they are apart.
+    """Multiply, decode, read a prompt and see a picture with the kernels and with torch, multiply and decode
+    with quantised matrices, too; say on which level and how far they are apart.
 
     Raises SeekVLError where they differ by more than the order of summation explains, and for a level named
     by `SWITCH` that cannot be had.
@@ -80,11 +92,21 @@ def compare_with_torch() -> str:
     prompt = max((found for found in prompts if found is not None), default=None)
     if prompt is not None:
         _check("a prompt", prompt, limit=STEP_LIMIT, level=level)
+    tower = tower_difference(level=level)
+    if tower is not None:
+        _check("a vision tower", tower, limit=STEP_LIMIT, level=level)
+    figures = {
+        "a product": product,
+        "a step": step,
+        "a quantised step": packed_step,
+        "a prompt": prompt,
+        "a vision tower": tower,
+    }
+    far = ", ".join(f"{figure:.1e} in {what}" for what, figure in figures.items() if figure is not None)
+    left = " and ".join(what for what, figure in figures.items() if figure is None)
     vnni = ", quantised by VNNI" if library().vnni and level.startswith("avx512") else ""
-    return (
-        f"{level} of {', '.join(library().levels)}{vnni}; largest difference from torch "
-        f"{product:.1e} in a product, {step:.1e} in a step, {packed_step:.1e} in a quantised step"
-        + ("; torch reads prompts" if prompt is None else f", {prompt:.1e} in a prompt")
+    return f"{level} of {', '.join(library().levels)}{vnni}; largest difference from torch {far}" + (
+        f"; torch computes {left}" if left else ""
     )
 
 
@@ -155,11 +177,34 @@ def prompt_difference(config: DeepseekV2Config, *, level: str) -> float | None:
     return float((found - wanted).abs().max())
 
 
-def _random(network: DeepseekV2) -> DeepseekV2:
+@torch.inference_mode()
+def tower_difference(*, level: str) -> float | None:
+    """Return the largest difference of the features of two vision towers with random weights, behind their
+    blocks; None where torch is faster and sees pictures.
+    """
+    worst = []
+    for tower in (_random(Siglip(PATCHES)), _random(Sam(MAP))):
+        x = torch.randn(tower.pos_embed.shape, generator=torch_generator(0, "patches"))
+        accelerate(tower, level=level, kernels=TOWERS)
+        if tower_level(tower) is None:
+            return None
+        found = tower.transform(x)
+        accelerate(tower, level="off", kernels=TOWERS)
+        pairs = zip(_tensors(found), _tensors(tower.transform(x)), strict=True)
+        worst += [(ours - theirs).abs().max() for ours, theirs in pairs]
+    return float(torch.stack(worst).max())
+
+
+def _tensors(found: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Return one tensor as a tuple, too."""
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _random(network: N) -> N:
     """Give a network random weights that depend on nothing."""
     generator = torch_generator(0, "weights of a step")
     for name, parameter in network.named_parameters():
-        if name.endswith("norm.weight"):
+        if "norm" in name and name.endswith("weight"):
             nn.init.ones_(parameter)
         else:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)

@@ -1,5 +1,5 @@
-"""The structures of src/step.h and src/prompt.h, field by field: how the library is told of a network and of
-its work.
+"""The structures of src/step.h, src/prompt.h and src/tower.h, field by field: how the library is told of a
+network and of its work.
 
 Addresses are plain numbers; whoever fills a structure keeps alive what they lead to.
 """
@@ -90,6 +90,47 @@ class Prompt(ctypes.Structure):
     )
 
 
+class LayerNorm(ctypes.Structure):
+    """A norm with a bias."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_double))
+
+
+class TowerBlock(ctypes.Structure):
+    """A block of a vision tower; `rows` and `columns` are tables of learned distances, or nowhere."""
+
+    _fields_ = (
+        *((name, LayerNorm) for name in ("norm1", "norm2")),
+        *((name, Matrix) for name in ("qkv", "proj", "fc1", "fc2")),
+        ("rows", c_void_p),
+        ("columns", c_void_p),
+        ("side", c_int64),
+        ("curve", c_int64),
+    )
+
+
+class Tower(ctypes.Structure):
+    """The blocks of a vision tower."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("kind", "width", "heads", "hidden")),
+        *((name, c_int64) for name in ("grid", "window", "block_count")),
+        ("blocks", c_void_p),
+        ("norm", LayerNorm),
+    )
+
+
+class Views(ctypes.Structure):
+    """Embedded patches of n pictures, and where results go; `branch` may be nowhere."""
+
+    _fields_ = (
+        ("n", c_int64),
+        *((name, c_void_p) for name in ("x", "y", "branch")),
+        ("branch_block", c_int64),
+    )
+
+
 def total_bytes() -> int:
     """Return what `seekvl_structures` of a library must say that was compiled from the same headers."""
-    return sum(ctypes.sizeof(kind) for kind in (Network, Layer, Cache, Tokens, Prompt))
+    kinds = (Network, Layer, Cache, Tokens, Prompt, Tower, TowerBlock, Views)
+    return sum(ctypes.sizeof(kind) for kind in kinds)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seekvl.engine.kernels import compiled as room
-from seekvl.engine.kernels import report
+from seekvl.engine.kernels import report, towers
 from seekvl.engine.kernels.accelerate import MOST_ROWS
 from seekvl.engine.kernels.compiled import SWITCH, Library
 from seekvl.engine.kernels.decoder import decode
@@ -27,9 +27,9 @@ def test_it_names_the_level_and_the_difference(level: str, monkeypatch: pytest.M
     product, *whole = (float(number) for number in re.findall(r"(\S+) in a", said))
     assert 0 < product < 1e-3
     assert all(0 < difference < report.STEP_LIMIT for difference in whole)
-    assert len(whole) == (3 if level in MOST_ROWS else 2)
-    assert " in a quantised step" in said
-    assert said.endswith("in a prompt" if level in MOST_ROWS else "; torch reads prompts")
+    assert len(whole) == (4 if level in MOST_ROWS else 2)
+    left = "; torch computes a prompt and a vision tower"
+    assert said.endswith("in a vision tower" if level in MOST_ROWS else left)
 
 
 def test_it_says_why_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -102,6 +102,19 @@ def test_a_wrong_prompt_is_an_error(native: Library, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(report, "prompt_logits", wrong)
     with pytest.raises(SeekVLError, match=r"differs by 1\.0e-03 from torch in a prompt, at most 1e-05"):
         compare_with_torch()
+
+
+def test_a_wrong_tower_is_an_error(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.levels[-1] not in MOST_ROWS:
+        pytest.skip("torch computes vision towers on this machine")
+    monkeypatch.delenv(SWITCH, raising=False)
+    see = towers._see
+    for added, said in ((1e-3, r"1\.0e-03"), (torch.nan, "nan")):
+        monkeypatch.setattr(towers, "_see", lambda *args, added=added, **more: see(*args, **more) + added)
+        with pytest.raises(
+            SeekVLError, match=rf"differs by {said} from torch in a vision tower, at most 1e-05"
+        ):
+            compare_with_torch()
 
 
 def test_a_wrong_quantised_product_is_an_error(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:

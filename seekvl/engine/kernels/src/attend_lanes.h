@@ -14,7 +14,7 @@ inline void* taken(char*& room, int64_t bytes) {
 }
 
 // Pack the queries, which are narrowed into `narrowed` where the keys are multiplied in pairs.
-template <class Machine>
+template <class Machine, class Lanes>
 void pack_queries(const Tile& tile, const Product& product, const Block& block, uint16_t* narrowed) {
     const void* rows[kMostLanes];
     for (int64_t row = 0; row < tile.rows; ++row) {
@@ -24,7 +24,7 @@ void pack_queries(const Tile& tile, const Product& product, const Block& block, 
         narrow(BF16, q, narrowed + row * tile.key_width, tile.key_width);
         rows[row] = narrowed + row * tile.key_width;
     }
-    pack<Machine>(product, product.input, rows, block);
+    pack<Machine, Lanes>(product, product.input, rows, block);
 }
 
 // Scores of columns start <= column < end, strip by strip; a token does not see what lies behind it.
@@ -44,17 +44,29 @@ void score_columns(const Tile& tile, const Product& product, const Block& querie
     }
 }
 
+// Scores as they are.
+struct Nothing {
+    static constexpr bool adds = false;
+};
+
 // Exponentials of the scores of so many columns, and what they change of what is carried. Where a token sees none of
 // the columns its factor is 1 and its sum stays: the least of e^x, which is what these columns give, is nothing
-// beside a sum of at least 1.
-template <class Machine>
-void exponentiate(int64_t columns, int64_t lanes, bool begun, Softmax& softmax) {
+// beside a sum of at least 1. `terms` as of `exponential`; `more` is added to the scores before, more(column, lane, v).
+template <class Machine, int terms, class More = Nothing>
+void exponentiate(int64_t columns, int64_t lanes, bool begun, Softmax& softmax, const More& more = {}) {
     constexpr int step = Machine::template lanes<float>;
     for (int64_t lane = 0; lane < lanes; lane += step) {
         const auto score = [&](int64_t column) { return softmax.scores[column / kStrip][column % kStrip] + lane; };
         const auto before = begun ? Machine::load(softmax.greatest + lane) : Machine::spread(-INFINITY);
         auto most = before;
-        for (int64_t column = 0; column < columns; ++column) most = Machine::max(most, Machine::load(score(column)));
+        for (int64_t column = 0; column < columns; ++column) {
+            auto found = Machine::load(score(column));
+            if constexpr (More::adds) {
+                found = more(column, lane, found);
+                Machine::store(score(column), found);
+            }
+            most = Machine::max(most, found);
+        }
         Machine::store(softmax.greatest + lane, most);
         float shift[step];
         Machine::store(shift, most);
@@ -63,7 +75,7 @@ void exponentiate(int64_t columns, int64_t lanes, bool begun, Softmax& softmax) 
         const auto factor = exponential<Machine>(Machine::add(before, down));
         auto sum = Machine::zero();
         for (int64_t column = 0; column < columns; ++column) {
-            const auto e = exponential<Machine>(Machine::add(Machine::load(score(column)), down));
+            const auto e = exponential<Machine, terms>(Machine::add(Machine::load(score(column)), down));
             Machine::store(score(column), e);
             sum = Machine::add(sum, e);
         }
@@ -105,17 +117,13 @@ void mix_columns_of(const Tile& tile, const typename Lanes::Number* weights, int
 }
 
 // Shares as the product with the values takes them; a column behind the last of an odd number counts for nothing.
-inline void pack_shares(Softmax& softmax, int64_t columns, int64_t lanes, bool pairs, void* to) {
+template <class Machine, class Pairs>
+inline void pack_shares(Softmax& softmax, int64_t columns, const Block& shares, Dtype input) {
     if (columns % 2)
         for (float& share : softmax.scores[columns / kStrip][columns % kStrip]) share = 0.0f;
     for (int64_t column = 0; column < columns; column += kStrip) {
-        const Sums& strip = softmax.scores[column / kStrip];
         const int64_t count = columns - column < kStrip ? columns - column : kStrip;
-        if (pairs)
-            put_pairs(strip, lanes, count, static_cast<uint32_t*>(to) + column / 2 * lanes);
-        else
-            for (int64_t r = 0; r < count; ++r)
-                std::memcpy(static_cast<float*>(to) + (column + r) * lanes, strip[r], lanes * sizeof(float));
+        put_packed<Machine, Pairs>(input, softmax.scores[column / kStrip], count, column, shares);
     }
 }
 
@@ -143,13 +151,13 @@ void attend(const Tile& tile, float* room) {
     Sums* results = static_cast<Sums*>(taken(at, (tile.value_width + kStrip - 1) / kStrip * sizeof(Sums)));
     const Block queries{tile.rows, lanes, taken(at, (tile.key_width + 1) * kMostLanes * sizeof(float))};
     void* shares = at;
-    pack_queries<Machine>(tile, product, queries, static_cast<uint16_t*>(shares));
+    pack_queries<Machine, Lanes>(tile, product, queries, static_cast<uint16_t*>(shares));
     for (int64_t start = 0; start < end; start += kColumns) {
         const int64_t last = start + kColumns < end ? start + kColumns : end, columns = last - start;
         score_columns<Machine, Lanes, Pairs>(tile, product, queries, start, last, softmax);
-        exponentiate<Machine>(columns, lanes, start > 0, softmax);
+        exponentiate<Machine, 7>(columns, lanes, start > 0, softmax);
         forget_unseen(tile, start, last, softmax);
-        pack_shares(softmax, columns, lanes, pairs, shares);
+        pack_shares<Machine, Pairs>(softmax, columns, {tile.rows, lanes, shares}, tile.input);
         if (pairs)
             mix_columns_of<Pairs>(tile, static_cast<typename Pairs::Number*>(shares), lanes, start, columns, softmax,
                                   results);

@@ -7,6 +7,7 @@
 #include "blocks.h"
 #include "gradient_blocks.h"
 #include "rows.h"
+#include "tower_lanes.h"
 #include "turn.h"
 
 namespace seekvl {
@@ -62,6 +63,7 @@ const Level avx2 = level_of<Avx2>();
 const Many avx2_many = many_of<Avx2, Avx2Lanes>();
 const Gradients avx2_gradients = gradients_of<Avx2, Avx2Lanes>();
 const AttendTile avx2_attend = attend<Avx2, Avx2Lanes>;
+const TowerLevel avx2_tower = tower_of<Avx2, Avx2Lanes>();
 
 }  // namespace seekvl
 

@@ -3,6 +3,7 @@
 
 #include "attend_lanes.h"
 #include "avx512.h"
+#include "tower_lanes.h"
 
 namespace seekvl {
 
@@ -10,6 +11,7 @@ const Level avx512 = level_of<Avx512>();
 const Many avx512_many = many_of<Avx512, Avx512Lanes>();
 const Gradients avx512_gradients = gradients_of<Avx512, Avx512Lanes>();
 const AttendTile avx512_attend = attend<Avx512, Avx512Lanes>;
+const TowerLevel avx512_tower = tower_of<Avx512, Avx512Lanes>();
 
 }  // namespace seekvl
 

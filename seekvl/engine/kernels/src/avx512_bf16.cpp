@@ -6,6 +6,7 @@
 
 #include "attend_lanes.h"
 #include "avx512.h"
+#include "tower_lanes.h"
 
 namespace seekvl {
 namespace {
@@ -45,6 +46,13 @@ struct Avx512Pairs : Avx512Lanes {
     static void store_rounded(uint16_t* to, Vector a) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(a));
     }
+    // Numbers of two rows side by side, in each lane.
+    static void store_pairs(uint32_t* to, Vector first, Vector second) {
+        alignas(64) static constexpr uint16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
+    }
     static Vector fma(__m512i weight, __m512i x, Vector sum) {
         return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)x);
     }
@@ -59,6 +67,7 @@ const Level avx512_bf16 = level_of<Avx512Bf16>();
 const Many avx512_bf16_many = many_of<Avx512Bf16, Avx512Lanes, Avx512Pairs>();
 const Gradients avx512_bf16_gradients = gradients_of<Avx512Bf16, Avx512Pairs>();
 const AttendTile avx512_bf16_attend = attend<Avx512Bf16, Avx512Lanes, Avx512Pairs>;
+const TowerLevel avx512_bf16_tower = tower_of<Avx512Bf16, Avx512Lanes, Avx512Pairs>();
 
 }  // namespace seekvl
 

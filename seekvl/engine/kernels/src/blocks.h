@@ -229,6 +229,13 @@ void put_results(Dtype dtype, void* const* y, int64_t rows, int64_t o, const Tur
         else copy(y[row], o, narrow[row], count);
 }
 
+inline void add_bias(Dtype kind, const void* bias, int64_t o, int64_t count, int64_t lanes, Sums& sums) {
+    for (int64_t r = 0; r < count; ++r) {
+        const float added = get(kind, bias, o + r);
+        for (int64_t l = 0; l < lanes; ++l) sums[r][l] += added;
+    }
+}
+
 template <class Machine, class Lanes, class Pairs>
 void plain(const Product& product, const Block& x, const void* weight, const void* bias, void* const* y,
            const Range& range) {
@@ -236,11 +243,7 @@ void plain(const Product& product, const Block& x, const void* weight, const voi
     for (int64_t o = range.begin; o < range.end; o += kStrip) {
         sum_strip<Machine, Lanes, Pairs>(product, strip_of(product, weight, range, o, kStrip), x, sums);
         const int64_t count = range.end - o < kStrip ? range.end - o : kStrip;
-        if (bias)
-            for (int64_t r = 0; r < count; ++r) {
-                const float added = get(product.weight, bias, o + r);
-                for (int64_t l = 0; l < x.lanes; ++l) sums[r][l] += added;
-            }
+        if (bias) add_bias(product.weight, bias, o, count, x.lanes, sums);
         by_row<Lanes>(sums, x, [&](int64_t row, int64_t rows, const Turned& results) {
             put_results(product.output, y + row, rows, o, results, count);
         });
@@ -252,6 +255,7 @@ void weighted(const Product& product, const Block& x, const void* weight, const 
               const Range& range) {
     alignas(kLine) Sums sums;
     for (int64_t o = range.begin; o < range.end; o += kStrip) {
+        for (int64_t row = 0; row < x.rows; ++row) __builtin_prefetch(to[row] + o, 1);  // a line of each, far apart
         sum_strip<Machine, Lanes, Pairs>(product, strip_of(product, weight, range, o, kStrip), x, sums);
         const int64_t count = range.end - o < kStrip ? range.end - o : kStrip;
         by_row<Lanes>(sums, x, [&](int64_t row, int64_t rows, const Turned& results) {
@@ -285,12 +289,31 @@ inline void gate_sums(Sums& sums, int64_t lanes, int64_t count) {
 }
 
 // Neighbouring rows of sums as pairs of bfloat16.
+template <class Pairs>
 inline void put_pairs(const Sums& sums, int64_t lanes, int64_t count, uint32_t* to) {
-    alignas(kLine) uint32_t pairs[kMostLanes];
+    constexpr int vector = Pairs::lanes, half = vector / 2;
     for (int r = 0; r < count; r += 2, to += lanes) {
-        for (int l = 0; l < kMostLanes; ++l) pairs[l] = rounded_bf16(sums[r][l]) >> 16 | rounded_bf16(sums[r + 1][l]);
-        std::memcpy(to, pairs, lanes * sizeof *to);
+        const auto join = [&](int64_t lane, uint32_t* at) {
+            Pairs::store_pairs(at, Pairs::load(sums[r] + lane), Pairs::load(sums[r + 1] + lane));
+        };
+        int64_t lane = 0;
+        for (; lane + vector <= lanes; lane += vector) join(lane, to + lane);
+        if (lane == lanes) continue;
+        uint32_t rest[vector];
+        join(lane, rest);
+        std::memcpy(to + lane, rest, half * sizeof *to);
     }
+}
+
+// Rows of sums as the numbers o, o + 1, ... of packed rows. In pairs an odd count is followed by zeros in `sums`, and o
+// is even.
+template <class Machine, class Pairs>
+inline void put_packed(Dtype input, const Sums& sums, int64_t count, int64_t o, const Block& y) {
+    if constexpr (Machine::pairs)
+        if (input == BF16)
+            return put_pairs<Pairs>(sums, y.lanes, count, static_cast<uint32_t*>(y.packed) + o / 2 * y.lanes);
+    float* to = static_cast<float*>(y.packed) + o * y.lanes;
+    for (int r = 0; r < count; ++r) std::memcpy(to + r * y.lanes, sums[r], y.lanes * sizeof *to);
 }
 
 // What gate and up gave to some rows, for the backward.
@@ -326,12 +349,7 @@ void gated(const Product& product, const Block& x, const void* gate, const void*
                 keep(product.output, kept + row, rows, o, m, results, count);
             });
         gate_sums(sums, y.lanes, count);
-        if (Machine::pairs && product.input == BF16) {
-            put_pairs(sums, y.lanes, count, static_cast<uint32_t*>(y.packed) + o / 2 * y.lanes);
-        } else {
-            float* to = static_cast<float*>(y.packed) + o * y.lanes;
-            for (int r = 0; r < count; ++r) std::memcpy(to + r * y.lanes, sums[r], y.lanes * sizeof *to);
-        }
+        put_packed<Machine, Pairs>(product.input, sums, count, o, y);
     }
 }
 
@@ -351,18 +369,41 @@ void pack_with(Read read, const void* const* x, const Block& block, int64_t step
     }
 }
 
+// The same of words that are packed as they are, turned in squares; as many of them as squares take, and the number is
+// returned.
+template <class Lanes>
+int64_t pack_squares(const void* const* x, const Block& block, int64_t steps) {
+    const int64_t lanes = block.lanes, whole = steps / kStrip * kStrip;
+    if (lanes % kStrip) return 0;
+    alignas(kLine) Turned square, turned;
+    auto* const to = static_cast<float*>(block.packed);
+    for (int64_t start = 0; start < whole; start += kTogether)
+        for (int64_t lane = 0; lane < lanes; lane += kStrip)
+            for (int64_t step = start; step < start + kTogether && step < whole; step += kStrip) {
+                for (int l = 0; l < kStrip; ++l) {
+                    const void* row = x[lane + l < block.rows ? lane + l : 0];
+                    std::memcpy(square[l], static_cast<const uint32_t*>(row) + step, sizeof square[l]);
+                }
+                Lanes::transpose(square[0], kStrip, turned);
+                for (int s = 0; s < kStrip; ++s) std::memcpy(to + (step + s) * lanes + lane, turned[s], sizeof turned[s]);
+            }
+    return whole;
+}
+
 inline uint32_t pair(const void* row, int64_t at) {
     uint32_t both;
     std::memcpy(&both, static_cast<const uint16_t*>(row) + 2 * at, sizeof both);
     return both;
 }
 
-template <class Machine>
+template <class Machine, class Lanes>
 void pack(const Product& product, Dtype from, const void* const* x, const Block& block) {
     const int64_t width = product.width;
     if (Machine::pairs && product.input == BF16) {
         auto* to = static_cast<uint32_t*>(block.packed);
-        pack_with([](const void* row, int64_t at) { return pair(row, at); }, x, block, width / 2, to);
+        const int64_t done = pack_squares<Lanes>(x, block, width / 2);
+        const auto next = [&](const void* row, int64_t at) { return pair(row, done + at); };
+        pack_with(next, x, block, width / 2 - done, to + done * block.lanes);
         const auto last = [&](const void* row, int64_t) -> uint32_t {
             return static_cast<const uint16_t*>(row)[width - 1];
         };
@@ -371,16 +412,22 @@ void pack(const Product& product, Dtype from, const void* const* x, const Block&
     }
     auto* to = static_cast<float*>(block.packed);
     const auto wide = [&](auto read) { pack_with(read, x, block, width, to); };
-    if (from == F32) wide([](const void* row, int64_t at) { return get(F32, row, at); });
-    else if (from == F16) wide([](const void* row, int64_t at) { return get(F16, row, at); });
-    else wide([](const void* row, int64_t at) { return get(BF16, row, at); });
+    if (from == F32) {
+        const int64_t done = pack_squares<Lanes>(x, block, width);
+        const auto next = [&](const void* row, int64_t at) { return get(F32, row, done + at); };
+        pack_with(next, x, block, width - done, to + done * block.lanes);
+    } else if (from == F16) {
+        wide([](const void* row, int64_t at) { return get(F16, row, at); });
+    } else {
+        wide([](const void* row, int64_t at) { return get(BF16, row, at); });
+    }
 }
 
 template <class Machine, class Lanes, class Pairs = Lanes>
 constexpr Many many_of() {
     static_assert(Lanes::lanes * Lanes::vectors <= kMostLanes && kStrip % Lanes::rows == 0);
     constexpr int64_t lanes = Pairs::halves ? Pairs::lanes / 2 : Lanes::lanes;
-    return {lanes, Lanes::lanes * Lanes::vectors, Machine::pairs, pack<Machine>, plain<Machine, Lanes, Pairs>,
+    return {lanes, Lanes::lanes * Lanes::vectors, Machine::pairs, pack<Machine, Lanes>, plain<Machine, Lanes, Pairs>,
             weighted<Machine, Lanes, Pairs>, gated<Machine, Lanes, Pairs>};
 }
 

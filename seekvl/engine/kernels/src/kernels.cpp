@@ -17,6 +17,7 @@
 #include "product.h"
 #include "prompt.h"
 #include "step.h"
+#include "tower.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -100,6 +101,17 @@ const Gradients& gradients_at(int32_t index, Dtype dtype) {
     if (index == NEON) return neon_gradients;
 #endif
     return portable_gradients;
+}
+
+const TowerLevel& tower_at(int32_t index) {
+#if defined(__x86_64__)
+    if (index == AVX2) return avx2_tower;
+    if (index == AVX512) return avx512_tower;
+    if (index == AVX512_BF16) return avx512_bf16_tower;
+#elif defined(__aarch64__)
+    if (index == NEON) return neon_tower;
+#endif
+    return portable_tower;
 }
 
 AttendTile attend_at(int32_t index) {
@@ -211,9 +223,21 @@ EXPORT int32_t seekvl_prompt(int32_t level, int32_t threads, const Network* netw
     }
 }
 
-// Bytes of what describes a step or a prompt: Python writes the same structures.
+// Pictures through the blocks of a tower: what the structures mean stands in tower.h. Returns 0, or 1 where there was
+// no memory.
+EXPORT int32_t seekvl_tower(int32_t level, int32_t threads, const Tower* tower, const Views* views) {
+    try {
+        see({level_at(level), many_at(level), tower_at(level)}, threads, *tower, *views);
+        return 0;
+    } catch (const std::exception&) {
+        return 1;
+    }
+}
+
+// Bytes of what describes a step, a prompt or a tower: Python writes the same structures.
 EXPORT int64_t seekvl_structures() {
-    return sizeof(Network) + sizeof(Layer) + sizeof(Cache) + sizeof(Tokens) + sizeof(Prompt);
+    return sizeof(Network) + sizeof(Layer) + sizeof(Cache) + sizeof(Tokens) + sizeof(Prompt) + sizeof(Tower) +
+           sizeof(TowerBlock) + sizeof(Views);
 }
 
 EXPORT void seekvl_release() { release(); }

@@ -7,6 +7,7 @@
 #include "blocks.h"
 #include "gradient_blocks.h"
 #include "rows.h"
+#include "tower_lanes.h"
 
 namespace seekvl {
 namespace {
@@ -52,6 +53,7 @@ const Level neon = level_of<Neon>();
 const Many neon_many = many_of<Neon, NeonLanes>();
 const Gradients neon_gradients = gradients_of<Neon, NeonLanes>();
 const AttendTile neon_attend = attend<Neon, NeonLanes>;
+const TowerLevel neon_tower = tower_of<Neon, NeonLanes>();
 
 }  // namespace seekvl
 

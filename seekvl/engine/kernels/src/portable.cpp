@@ -3,6 +3,7 @@
 #include "blocks.h"
 #include "gradient_blocks.h"
 #include "rows.h"
+#include "tower_lanes.h"
 
 namespace seekvl {
 namespace {
@@ -83,5 +84,6 @@ const Level portable = level_of<Portable>();
 const Many portable_many = many_of<Portable, PortableLanes>();
 const Gradients portable_gradients = gradients_of<Portable, PortableLanes>();
 const AttendTile portable_attend = attend<Portable, PortableLanes>;
+const TowerLevel portable_tower = tower_of<Portable, PortableLanes>();
 
 }  // namespace seekvl

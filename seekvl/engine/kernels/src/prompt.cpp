@@ -1,7 +1,6 @@
 #include "prompt.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -11,6 +10,7 @@
 #include "prompt_products.h"
 #include "rotary.h"
 #include "router.h"
+#include "shared_rows.h"
 
 namespace seekvl {
 namespace {
@@ -19,24 +19,6 @@ constexpr int64_t kGrain = 16;          // tokens, or columns of the cache, of w
 constexpr int64_t kExpanded = 1 << 23;  // numbers of keys and values that are expanded from a latent at a time
 
 Dtype dtype_of(int64_t kind) { return static_cast<Dtype>(kind); }
-
-// Memory for as many threads as compute at once.
-class Rooms {
-  public:
-    Rooms(float* from, int64_t size, int threads) : from_(from), size_(size), taken_(threads) {}
-
-    int take() {
-        for (int room = 0;; room = (room + 1) % static_cast<int>(taken_.size()))
-            if (!taken_[room].exchange(true, std::memory_order_acquire)) return room;
-    }
-    void give_back(int room) { taken_[room].store(false, std::memory_order_release); }
-    float* at(int room) const { return from_ + room * size_; }
-
-  private:
-    float* from_;
-    int64_t size_;
-    std::vector<std::atomic<bool>> taken_;
-};
 
 // to[channel, column] = from[column, channel], converted.
 template <class From, class To, class Convert>

@@ -110,7 +110,8 @@ void norm(Dtype dtype, const void* weight, float eps, const float* x, float* y, 
 // e^x for x <= 0, to the last two bits; below -87, where float32 ends, what it is there.
 //
 // x = n ln 2 + rest with |rest| <= ln 2 / 2, and e^x = 2^n e^rest: the series ends where its terms no longer count.
-template <class Machine>
+// Four `terms` behind the first are right to 4e-5, seven to all bits.
+template <class Machine, int terms = 7>
 inline typename Machine::Vector exponential(typename Machine::Vector x) {
     constexpr float kSeries[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f};
     constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: numbers added to it lose their fraction
@@ -119,8 +120,8 @@ inline typename Machine::Vector exponential(typename Machine::Vector x) {
     n = Machine::add(n, Machine::spread(-kWhole));
     x = Machine::fma(n, Machine::spread(-0.693359375f), x);  // ln 2 in two parts, the first of few bits
     x = Machine::fma(n, Machine::spread(2.12194440e-4f), x);
-    auto sum = Machine::spread(1.0f / 5040);
-    UNROLL for (int i = 0; i < 7; ++i) sum = Machine::fma(sum, x, Machine::spread(kSeries[i]));
+    auto sum = Machine::spread(terms < 7 ? kSeries[6 - terms] : 1.0f / 5040);
+    UNROLL for (int i = 7 - terms; i < 7; ++i) sum = Machine::fma(sum, x, Machine::spread(kSeries[i]));
     return Machine::scaled(sum, n);
 }
 
