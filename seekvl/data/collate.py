@@ -109,8 +109,8 @@ def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int
     With several `parts` the rows are sorted by their number of tokens and dealt to that many, as evenly as it
     goes; otherwise they keep their order.
 
-    Raises SeekVLError for no samples, fewer than parts, a sample without loss weights or longer than every length, pictures of
-    different sizes, pictures of which only some are normalised, tiled or carry a low-resolution copy, and
+    Raises SeekVLError for no samples, fewer than parts, a sample without loss weights or longer than every
+    length, pictures of different sizes, pictures of which only some are normalised, tiled or carry a low-resolution copy, and
     tiles that are not as many as the grids say.
     """
     if not inputs:

@@ -192,8 +192,8 @@ class RouterRecord:
 
     @classmethod
     def joined(cls, parts: Sequence[tuple[int, "RouterRecord"]]) -> "RouterRecord":
-        """Return the record of a batch whose rows went through the network in parts, each given with its rows:
-        losses are means over rows, loads add up.
+        """Return the record of a batch whose rows went through the network in parts, each given with its
+        rows: losses are means over rows, loads add up.
 
         With `MoeConfig.aux_per_sequence` that is what one part would have noted; without it balance is asked
         of every part alone.

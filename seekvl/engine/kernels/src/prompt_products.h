@@ -6,43 +6,14 @@
 #include <initializer_list>
 #include <vector>
 
-#include "cut.h"
 #include "jobs.h"
 #include "many.h"
 #include "memory.h"
 #include "packed.h"
-#include "pool.h"
+#include "shared_rows.h"
 #include "step.h"
 
 namespace seekvl {
-
-// Call task(index) for each index below `count`.
-template <class Task>
-void each(int threads, int64_t count, const Task& task) {
-    const auto work = [](const void* pointer, int64_t begin, int64_t end) {
-        for (int64_t index = begin; index < end; ++index) (*static_cast<const Task*>(pointer))(index);
-    };
-    run(threads, count, 1, work, &task);
-}
-
-// Neighbouring rows that share a block.
-struct Cut {
-    int64_t first, rows, lanes;
-    int64_t before;             // lanes of the blocks in front of it
-};
-
-struct Cuts {
-    std::vector<Cut> all;
-    int64_t first, count, lanes = 0;
-
-    // Of `count` rows from `first` on.
-    Cuts(const Many& many, int64_t first, int64_t count) : first(first), count(count) {
-        cut(many, count, [&](int64_t at, int64_t rows, int64_t held) {
-            all.push_back({first + at, rows, held, lanes});
-            lanes += held;
-        });
-    }
-};
 
 // Kinds of matrices that read the same rows.
 struct Readers {

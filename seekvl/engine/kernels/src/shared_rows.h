@@ -10,7 +10,6 @@
 #include "pool.h"
 
 namespace seekvl {
-namespace {
 
 // Call task(index) for each index below `count`.
 template <class Task>
@@ -29,25 +28,14 @@ struct Cut {
 
 struct Cuts {
     std::vector<Cut> all;
-    int64_t lanes = 0;
+    int64_t first, count, lanes = 0;
 
     // Of `count` rows from `first` on.
-    Cuts(const Many& many, int64_t first, int64_t count) {
+    Cuts(const Many& many, int64_t first, int64_t count) : first(first), count(count) {
         cut(many, count, [&](int64_t at, int64_t rows, int64_t held) {
             all.push_back({first + at, rows, held, lanes});
             lanes += held;
         });
-    }
-};
-
-// Rows of numbers, packed as their cuts say.
-struct Packed {
-    char* at;
-    int64_t width;
-    Dtype input;
-
-    Block block(const Cut& cut) const {
-        return {cut.rows, cut.lanes, at + cut.before * rounded_up(width, 2) * size_of(input)};
     }
 };
 
@@ -69,5 +57,4 @@ class Rooms {
     std::vector<std::atomic<bool>> taken_;
 };
 
-}  // namespace
 }  // namespace seekvl

@@ -72,6 +72,17 @@ Squares windows_of(int64_t grid, int64_t side, Squares& whole) {
     return windows;
 }
 
+// Rows of numbers, packed as their cuts say.
+struct Packed {
+    char* at;
+    int64_t width;
+    Dtype input;
+
+    Block block(const Cut& cut) const {
+        return {cut.rows, cut.lanes, at + cut.before * rounded_up(width, 2) * size_of(input)};
+    }
+};
+
 // Cuts that go through products together.
 struct Wave {
     int64_t first, count;       // among all cuts
