@@ -110,8 +110,8 @@ def collate(inputs: Sequence[ModelInput], *, lengths: Sequence[int], pad_id: int
     goes; otherwise they keep their order.
 
     Raises SeekVLError for no samples, fewer than parts, a sample without loss weights or longer than every
-    length, pictures of different sizes, pictures of which only some are normalised, tiled or carry a low-resolution copy, and
-    tiles that are not as many as the grids say.
+    length, pictures of different sizes, pictures of which only some are normalised, tiled or carry a
+    low-resolution copy, and tiles that are not as many as the grids say.
     """
     if not inputs:
         raise SeekVLError("a batch needs at least one sample")
