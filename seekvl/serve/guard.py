@@ -67,10 +67,10 @@ class Guard:
             if message["type"] == "http.response.start":
                 seen.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                if seen.status >= 400 and seen.status != 408:
+                if seen.status >= 400:
                     await self._read_rest(receive, seen)
-                if not seen.whole:
-                    headers["connection"] = "close"  # or the rest would be taken for the next request
+                    if not seen.whole:
+                        headers["connection"] = "close"  # or the rest would be taken for the next request
                 headers["x-request-id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
@@ -162,7 +162,9 @@ class Guard:
         return bounded
 
     async def _read_rest(self, receive: Receive, seen: _Seen) -> None:
-        """Throw away what is left of a refused body, for a while."""
+        """Throw away what is left of a refused body, for a while; not of one that was waited for in vain."""
+        if seen.status == 408:
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 while not seen.whole:

@@ -187,6 +187,13 @@ def test_heads_that_make_no_sense_are_refused(server: Running, lines: tuple[str,
     assert raw(server, head(server, "content-type: application/json", *lines)).startswith(b"HTTP/1.1 400")
 
 
+def test_connections_are_kept(server: Running) -> None:
+    with httpx.Client(base_url=server.url, trust_env=False) as client:
+        for path in ("/health", "/v1/models", "/nowhere"):
+            assert "connection" not in client.get(path).headers
+        assert "connection" not in client.post(CHAT, json={}).headers
+
+
 def test_a_head_is_told_what_a_get_would_be(server: Running) -> None:
     found = server.ask("HEAD", "/v1/models")
     assert (found.status_code, found.content) == (200, b"")
