@@ -43,6 +43,7 @@ def test_an_answer_is_what_the_library_says(client: openai.OpenAI, vlm: seekvl.V
     assert found.choices[0].message.content == expected.text == "WALL"
     assert found.choices[0].finish_reason == "stop"
     assert found.object == "chat.completion"
+    assert found._request_id.startswith("req_")
     assert found.model == MODEL
     assert found.usage.prompt_tokens == expected.usage.prompt_tokens
     assert found.usage.completion_tokens == expected.usage.completion_tokens

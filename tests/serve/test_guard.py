@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import socket
 from collections.abc import Iterator
 
@@ -58,6 +59,20 @@ def test_no_route_opens_without_a_key(locked: Running, method: str, path: str, k
     assert found.status_code == 401
     assert found.headers["www-authenticate"] == "Bearer"
     assert found.headers["x-request-id"].startswith("req_")
+
+
+def test_no_route_was_forgotten(locked: Running) -> None:
+    app = locked.server.config.app
+    routes = [
+        (method, route.path) for route in app.routes for method in getattr(route, "methods", None) or ()
+    ]
+    assert ("POST", CHAT) in routes
+    for method, path in routes:
+        if path in guard.OPEN or path == "/metrics" or path.startswith(guard.PAGE):
+            continue
+        asked = re.sub(r"{[^}]*}", "x", path)
+        found = locked.ask(method, asked, headers=JSON, content=b"{}" if method == "POST" else b"")
+        assert found.status_code == 401, (method, path)
 
 
 @pytest.mark.parametrize("key", ["Bearer first", "Token second", "bearer  second"])

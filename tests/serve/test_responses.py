@@ -135,7 +135,11 @@ def test_an_answer_keeps_to_a_schema(client: openai.OpenAI) -> None:
     )
     assert isinstance(found.output_parsed, Sign)
     as_object = client.responses.create(
-        model=MODEL, input="Hello.", text={"format": {"type": "json_object"}}, temperature=0
+        model=MODEL,
+        input="Hello.",
+        text={"format": {"type": "json_object"}},
+        temperature=0,
+        max_output_tokens=60,
     )
     assert as_object.output_text.startswith("{")
     if as_object.status == "completed":
