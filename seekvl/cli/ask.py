@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seekvl.cli import options
+from seekvl.cli.ask_batch import Batch, Out, ask_batch, check_batch
 from seekvl.cli.show import Readable, Size, answer_json, box_lines, print_costs, upright
 from seekvl.engine.choices import Constrain
 from seekvl.processing.choices import Preprocessing
@@ -31,7 +32,10 @@ Pictures = Annotated[
     list[str] | None,
     typer.Argument(metavar="PICTURE", help="Paths or URLs; - reads one from stdin.", show_default=False),
 ]
-Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question; it comes last.")]
+Question = Annotated[
+    str | None,
+    typer.Argument(metavar="QUESTION", help="The question; it comes last.", show_default=False),
+]
 Draw = Annotated[
     Path | None,
     typer.Option(
@@ -60,7 +64,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Print tokens and secon
 def ask(
     *,
     pictures: Pictures = None,
-    question: Question,
+    question: Question = None,
     model: options.Model = options.NANO,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -80,10 +84,15 @@ def ask(
     boxes_in: BoxesIn = None,
     constrain: Constrained = None,
     verbose: Verbose = False,
+    batch: Batch = None,
+    out: Out = None,
 ) -> None:
-    """Answer a question about one picture, several, or none."""
+    """Answer a question about one picture, several, or none; or, with --batch, many questions."""
     names = pictures or []
-    _check_call(names, question, draw=draw, boxes_in=boxes_in)
+    given = {"PICTURE": names, "--json": json, "--draw": draw, "--boxes-in": boxes_in, "--verbose": verbose}
+    check_batch(batch, out, others=[name for name, value in given.items() if value])
+    if batch is None:
+        question = _check_call(names, question, draw=draw, boxes_in=boxes_in)
     from seekvl.engine.request import SamplingParams
 
     params = SamplingParams(
@@ -105,6 +114,10 @@ def ask(
         preprocessing=preprocessing,
         max_tiles=max_tiles,
     )
+    if batch is not None and out is not None:
+        ask_batch(vlm, batch, out, question=question, params=params, system=system)
+        return
+    assert question is not None
     answer = _answer(vlm, question, images=opened, params=params, system=system, show=not json)
     if boxes_in is not None:
         answer = replace(answer, boxes=[replace(box, image=boxes_in - 1) for box in answer.boxes])
@@ -113,8 +126,12 @@ def ask(
         _draw(draw, answer.boxes, pictures=opened, names=names)
 
 
-def _check_call(names: Sequence[str], question: str, *, draw: Path | None, boxes_in: int | None) -> None:
-    """Refuse a wrong call before anything slow begins."""
+def _check_call(
+    names: Sequence[str], question: str | None, *, draw: Path | None, boxes_in: int | None
+) -> str:
+    """Refuse a wrong call before anything slow begins; return the question."""
+    if question is None:
+        raise typer.BadParameter("there is no question; it comes last", param_hint="QUESTION")
     if not question.strip():
         raise typer.BadParameter("the question is empty", param_hint="QUESTION")
     if question == "-" or os.path.isfile(question):
@@ -126,13 +143,14 @@ def _check_call(names: Sequence[str], question: str, *, draw: Path | None, boxes
             f"{boxes_in} is more than the {len(names)} given pictures", param_hint="--boxes-in"
         )
     if draw is None:
-        return
+        return question
     if not names:
         raise typer.BadParameter("there is no picture to draw on", param_hint="--draw")
     if draw.suffix.lower() not in FORMATS:
         raise typer.BadParameter(f"{draw} must end in {', '.join(FORMATS)}", param_hint="--draw")
     if not draw.parent.is_dir():
         raise typer.BadParameter(f"the folder {draw.parent} does not exist", param_hint="--draw")
+    return question
 
 
 def _open(names: Sequence[str], *, preprocessing: Preprocessing) -> list["Image.Image"]:

@@ -70,13 +70,16 @@ def box_lines(boxes: Sequence["Box"], sizes: Sequence[Size]) -> list[str]:
     return lines
 
 
-def answer_json(answer: "Answer", sizes: Sequence[Size]) -> str:
-    """Write an answer as one line of JSON with the names of `Answer`; boxes have their corners in px, too."""
+def answer_json(answer: "Answer", sizes: Sequence[Size], *, name: str | None = None) -> str:
+    """Write an answer as one line of JSON with the names of `Answer`; boxes have their corners in px, too.
+
+    name: stands in front as "id".
+    """
     fields = asdict(answer)
     for entry, box in zip(fields["boxes"], answer.boxes, strict=True):
         seen = box.image < len(sizes)
         entry["pixels"] = [round(value, 2) for value in box.pixels(*sizes[box.image])] if seen else None
-    return json.dumps(fields)
+    return json.dumps(fields if name is None else {"id": name, **fields})
 
 
 def print_costs(answer: "Answer") -> None:

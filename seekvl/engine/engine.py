@@ -314,8 +314,8 @@ class Engine:
                 self._collapse(error)
             with self._state:
                 self._failure = error
-                for job in list(self._tasks):
-                    self._fail(job, error)
+                for job in list(self._tasks):  # not the error itself, which may be one that ends programs
+                    self._fail(job, EngineStopped(f"the engine broke: {error!r}"))
 
     def _do(self, plan: Plan) -> None:
         """Do what was planned. What fails takes only those with it whose work it was."""

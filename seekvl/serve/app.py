@@ -12,9 +12,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import seekvl
-from seekvl.serve import chat, health, models
+from seekvl.serve import chat, health, models, responses
 from seekvl.serve.desk import Desk
-from seekvl.serve.errors import TITLES, ApiError, body, dialect_of, headers_of
+from seekvl.serve.errors import DECLARED, HUNG_UP, TITLES, ApiError, Dialect, body, dialect_of, headers_of
 from seekvl.serve.guard import Guard
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.pictures import PictureDesk
@@ -36,25 +36,26 @@ def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_mod
         docs_url=None,
         redoc_url=None,  # both of them load scripts of others
         lifespan=lifespan,
+        responses=DECLARED,
     )
     app.state.desk = Desk(settings=settings, service=service, pictures=pictures, metrics=metrics)
-    for room in (health, models, chat):
+    for room in (health, models, chat, responses):
         app.include_router(room.router)
     for kind, handler in (
         (ApiError, on_api_error),
         (RequestValidationError, on_invalid),
         (HTTPException, on_http_error),
-        (Exception, on_fault),
     ):
         app.add_exception_handler(kind, handler)
-    if settings.cors_origins:
+    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    if settings.cors_origins:  # in front of the guard, so that pages can read what it refuses
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["authorization", "content-type", "prefer"],
+            expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Guard, settings=settings, metrics=metrics)
     return app
 
 
@@ -75,35 +76,42 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def on_api_error(request: Request, error: Exception) -> Response:
     """Say an error in the dialect of its route."""
     assert isinstance(error, ApiError)
-    request.app.state.desk.metrics.rejected.labels(error.code or str(error.status)).inc()
-    return JSONResponse(
-        body(error, dialect_of(request.url.path)), status_code=error.status, headers=headers_of(error)
-    )
+    return _refusal(request, error, dialect_of(request.url.path))
+
+
+def _refusal(request: Request, error: ApiError, dialect: Dialect) -> Response:
+    """Count an error and write it."""
+    if error.status != HUNG_UP:
+        request.app.state.desk.metrics.rejected.labels(error.code or str(error.status)).inc()
+    return JSONResponse(body(error, dialect), status_code=error.status, headers=headers_of(error))
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:
     """Say which field of a body is not as it must be: 400 where OpenAI's clients ask, else 422."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = _place(first["loc"])
-    message = f"{param or 'the body'}: {first['msg']}"
+    first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of a union, the branch that was meant
+    broken = first["type"] == "json_invalid"
+    param = None if broken else _place(first["loc"])
+    reason = f"no JSON, {first['ctx']['error']} at letter {first['loc'][1]}" if broken else first["msg"]
+    message = f"{param or 'the body'}: {reason}"
     status = 400 if dialect_of(request.url.path) in ("openai", "any") else 422
     return await on_api_error(request, ApiError(status=status, message=message, param=param))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Say what the framework refused: an unknown path, a wrong method."""
+    """Say what the framework refused: an unknown path, a wrong method, a body it cannot read.
+
+    Who asks for a path that is not there may be anybody, so the answer has the fields of all dialects.
+    """
     assert isinstance(error, HTTPException)
-    message = f"{TITLES.get(error.status_code, error.detail)}: {request.method} {request.url.path}"
+    if isinstance(error.__cause__, ApiError):  # the guard's, while the framework read the body
+        return await on_api_error(request, error.__cause__)
     kept = dict(error.headers or {})
-    return await on_api_error(request, ApiError(status=error.status_code, message=message, headers=kept))
-
-
-async def on_fault(request: Request, error: Exception) -> Response:
-    """Say that a fault is ours; the log has the rest."""
-    request_id = request.scope.get("state", {}).get("request_id", "")
-    message = f"something broke here; the server's log has it under {request_id}"
-    return await on_api_error(request, ApiError(status=500, message=message))
+    if error.status_code in (404, 405):
+        message = f"{TITLES[error.status_code]}: {request.method} {request.url.path}"
+        refused = ApiError(status=error.status_code, message=message, headers=kept)
+        return _refusal(request, refused, "any")
+    return await on_api_error(request, ApiError(status=error.status_code, message=error.detail, headers=kept))
 
 
 def _place(loc: Sequence[Any]) -> str | None:

@@ -1,22 +1,25 @@
 """`POST /v1/chat/completions`: the OpenAI dialect, whole or as a stream of chunks."""
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from seekvl.engine.request import Completion, Likelihood, Piece
 from seekvl.engine.request import Request as Prepared
 from seekvl.processing.tokenizer import Tokenizer
+from seekvl.runtime import SeekVLError
 from seekvl.serve import events
 from seekvl.serve.chat_request import ChatRequest, check_model, conversation, sampling
 from seekvl.serve.desk import Desk, client_of, desk_of, until_disconnected
-from seekvl.serve.errors import ApiError, error_event
+from seekvl.serve.errors import ApiError, bad_request, error_event
 from seekvl.serve.grounding import Stripper, grounding, strip
 from seekvl.serve.notices import limits_met, notices, seen
 from seekvl.serve.service import Answering, failure
@@ -37,6 +40,8 @@ class Chat:
     model: str
     pictures: list[dict[str, object]]
     notices: list[str]
+    done: list[Completion]
+    """Answers that came to their end; the door's log line reads it."""
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -55,23 +60,22 @@ class Choice:
     """Its tokens with their likelihoods, where they were asked for."""
 
 
-@router.post("/v1/chat/completions", tags=["OpenAI"])
+@router.post("/v1/chat/completions", tags=["OpenAI"], responses=events.DECLARED)
 async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     """Answer a conversation about pictures."""
     desk = desk_of(request)
-    check_model(asked.model, desk.names)
-    chat = await begin(asked, desk=desk)
-    answerings = submit(chat, desk=desk, client=client_of(request))
-    if asked.stream:
-        chunks = events.kept_alive(stream(chat, answerings, desk=desk))
-        return StreamingResponse(chunks, headers=events.HEADERS)
     async with until_disconnected(request):
-        choices = await asyncio.gather(*(finish(each, chat=chat, desk=desk) for each in answerings))
-    return JSONResponse(whole(chat, choices))
+        chat = await begin(asked, desk=desk, done=request.state.completions)
+        answerings = submit(chat, desk=desk, client=client_of(request))
+        if not asked.stream:
+            return JSONResponse(whole(chat, await finish(chat, answerings, desk=desk)))
+    return events.EventStream(stream(chat, answerings, desk=desk), ended=partial(cancel, answerings))
 
 
-async def begin(asked: ChatRequest, *, desk: Desk) -> Chat:
+async def begin(asked: ChatRequest, *, desk: Desk, done: list[Completion]) -> Chat:
     """Check a request and turn it into model input. Raises ApiError."""
+    check_model(asked.model, desk.names)
+    check_tiles(asked, desk=desk)
     sampling(asked, room=desk.context)  # what cannot be served is told before pictures are fetched
     given = await conversation(asked.messages, desk=desk.pictures)
     prepared = await desk.service.prepare(
@@ -85,7 +89,17 @@ async def begin(asked: ChatRequest, *, desk: Desk) -> Chat:
         model=asked.model,
         pictures=seen(prepared.inputs, processor),
         notices=notices(prepared.inputs, processor),
+        done=done,
     )
+
+
+def check_tiles(asked: ChatRequest, *, desk: Desk) -> None:
+    """Refuse a bound on tiles where the model makes none. Raises ApiError."""
+    if asked.max_tiles is not None:
+        try:
+            desk.service.vlm.processor.bounded(asked.max_tiles)
+        except SeekVLError as error:
+            raise bad_request(str(error), param="max_tiles") from error
 
 
 def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
@@ -97,26 +111,36 @@ def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
             params = sampling(chat.asked, room=room, choice=choice)
             prepared = replace(chat.prepared, params=params)
             answerings.append(desk.service.submit(prepared, client=client))
-    except ApiError:
-        for answering in answerings:
-            answering.cancel()
+    except ApiError as error:
+        cancel(answerings)
+        if error.status == 400 and chat.asked.response_format is not None:
+            error.param = "response_format"  # what the engine finds wrong with a request by itself
         raise
     return answerings
 
 
-async def finish(answering: Answering, *, chat: Chat, desk: Desk) -> Choice:
-    """Draw an answer to its end. Raises ApiError."""
-    tokens: list[dict[str, object]] = []
-    async for piece in answering.pieces():
-        tokens += likelihoods(piece, chat.tokenizer)
-        if piece.completion is not None:
-            note(answering, piece.completion, desk=desk)
-            return Choice(completion=piece.completion, tokens=tokens)
-    raise ApiError(status=500, message="the answer has no end")
+def cancel(answerings: Sequence[Answering]) -> None:
+    """End the answers that are still under way."""
+    for answering in answerings:
+        answering.cancel()
 
 
-def note(answering: Answering, completion: Completion, *, desk: Desk) -> None:
+async def finish(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> list[Choice]:
+    """Draw all answers to their end; the first that fails ends the others. Raises ApiError."""
+    tokens: list[list[dict[str, object]]] = [[] for _ in answerings]
+    completions: dict[int, Completion] = {}
+    async with contextlib.aclosing(together(answerings)) as pieces:
+        async for index, piece in pieces:
+            tokens[index] += likelihoods(piece, chat.tokenizer)
+            if piece.completion is not None:
+                completions[index] = piece.completion
+                note(chat, answerings[index], piece.completion, desk=desk)
+    return [Choice(completion=completions[index], tokens=told) for index, told in enumerate(tokens)]
+
+
+def note(chat: Chat, answering: Answering, completion: Completion, *, desk: Desk) -> None:
     """Take down what an answer took."""
+    chat.done.append(completion)
     desk.metrics.answered(completion, first_seconds=answering.first_seconds or 0.0)
 
 
@@ -206,12 +230,14 @@ async def stream(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> 
     for index in range(len(answerings)):
         yield chunk(chat, index, delta={"role": "assistant", "content": ""}, with_usage=with_usage)
     try:
-        async for index, piece in together(answerings):
-            yield from_piece(chat, index, piece, stripper=strippers[index], with_usage=with_usage)
-            if piece.completion is not None:
-                completions[index] = piece.completion
-                note(answerings[index], piece.completion, desk=desk)
-                yield last_chunk(chat, index, piece.completion, with_usage=with_usage)
+        async with contextlib.aclosing(together(answerings)) as pieces:
+            async for index, piece in pieces:
+                if text := from_piece(chat, index, piece, stripper=strippers[index], with_usage=with_usage):
+                    yield text
+                if piece.completion is not None:
+                    completions[index] = piece.completion
+                    note(chat, answerings[index], piece.completion, desk=desk)
+                    yield last_chunk(chat, index, piece.completion, with_usage=with_usage)
     except Exception as error:
         yield events.data(error_event(failure(error)))
         return
@@ -277,7 +303,7 @@ def _head(chat: Chat) -> dict[str, object]:
     }
 
 
-async def together(answerings: Sequence[Answering]) -> AsyncIterator[tuple[int, Piece]]:
+async def together(answerings: Sequence[Answering]) -> AsyncGenerator[tuple[int, Piece], None]:
     """Yield the pieces of several answers as they come; leaving early cancels all of them."""
     arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 
@@ -298,6 +324,7 @@ async def together(answerings: Sequence[Answering]) -> AsyncIterator[tuple[int, 
             yield index, piece
             left -= piece.completion is not None
     finally:
+        cancel(answerings)  # a task that has not begun yet would not
         for task in drawing:
             task.cancel()
         await asyncio.gather(*drawing, return_exceptions=True)

@@ -4,6 +4,7 @@ Fields that mean nothing here (`user`, `metadata`, `store`, unknown ones) are ig
 them breaks clients. A field that would change the answer and cannot be served is an error.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -21,8 +22,14 @@ TEMPERATURE = 0.1
 MOST_CHOICES = 8
 MOST_STOPS = 4
 MOST_LOGPROBS = 20
+MOST_SCHEMA = 65_536
+"""Letters of a JSON schema, written out: a grammar is made of it while other requests wait."""
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+Detail = Literal["auto", "low", "high", "original"]
+"""How closely to look; the last is a newer word for "high"."""
 
 
 class Loose(BaseModel):
@@ -35,7 +42,7 @@ class ImageUrl(Loose):
     """The address of a picture and how closely to look."""
 
     url: StrictStr
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Detail = "auto"
 
 
 class ContentPart(Loose):
@@ -44,14 +51,14 @@ class ContentPart(Loose):
     type: Literal["text", "input_text", "output_text", "image_url", "input_image"]
     text: StrictStr | None = None
     image_url: ImageUrl | StrictStr | None = None
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Detail = "auto"
 
 
 class ChatMessage(Loose):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[ContentPart] | None = None
+    content: StrictStr | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
 
 
 class JsonSchema(Loose):
@@ -80,26 +87,19 @@ class Grounding(Loose):
     strip_tags: StrictBool = False
 
 
-class ChatRequest(Loose):
-    """The body of `POST /v1/chat/completions`."""
+class Sampled(Loose):
+    """What requests for answers share: the model, how words are drawn, and the fields that are ours."""
 
     model: StrictStr
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=1)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
-    logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(fail_fast=True)] | None = None
     stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -108,14 +108,26 @@ class ChatRequest(Loose):
     ignore_eos: StrictBool = False
 
     @property
-    def choices(self) -> int:
-        """How many answers are asked for."""
-        return self.n or 1
-
-    @property
     def strip_tags(self) -> bool:
         """Whether the marks of boxes are taken out of the text."""
         return self.grounding is not None and self.grounding.strip_tags
+
+
+class ChatRequest(Sampled):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]  # each fault takes memory
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
+    logprobs: StrictBool | None = None
+    response_format: ResponseFormat | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def choices(self) -> int:
+        """How many answers are asked for."""
+        return self.n or 1
 
 
 def sampling(request: ChatRequest, *, room: int, choice: int = 0) -> SamplingParams:
@@ -129,6 +141,8 @@ def sampling(request: ChatRequest, *, room: int, choice: int = 0) -> SamplingPar
             param="tools",
             code="unsupported_parameter",
         )
+    if request.ignore_eos and form(request.response_format) is not None:
+        raise bad_request("an answer of a given form ends with it: leave ignore_eos out", param="ignore_eos")
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", param="top_logprobs")
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
@@ -154,7 +168,7 @@ def sampling(request: ChatRequest, *, room: int, choice: int = 0) -> SamplingPar
 
 
 def form(wanted: ResponseFormat | None) -> Form | None:
-    """Return what an answer is held to. Raises ApiError for a schema that is not there."""
+    """Return what an answer is held to. Raises ApiError for a schema that is not there, or too large."""
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
@@ -163,7 +177,14 @@ def form(wanted: ResponseFormat | None) -> Form | None:
         raise bad_request(
             "response_format json_schema needs json_schema.schema", param="response_format.json_schema"
         )
-    return wanted.json_schema.schema_
+    schema = wanted.json_schema.schema_
+    letters = len(json.dumps(schema))
+    if letters > MOST_SCHEMA:
+        raise bad_request(
+            f"the schema has {letters:,} letters, at most {MOST_SCHEMA:,} are taken",
+            param="response_format.json_schema",
+        )
+    return schema
 
 
 async def conversation(messages: Sequence[ChatMessage], *, desk: PictureDesk) -> Conversation:
@@ -225,7 +246,7 @@ async def _parts(message: ChatMessage, *, param: str, desk: PictureDesk) -> list
             given = part.image_url
             address = ImageUrl(url=given, detail=part.detail) if isinstance(given, str) else given
             image: Image.Image = await desk.open(address.url, param=f"{place}.image_url")
-            read.append(Picture(image, detail=address.detail))
+            read.append(Picture(image, detail="high" if address.detail == "original" else address.detail))
         elif part.text is None:
             raise bad_request("the part has no text", param=f"{place}.text")
         else:

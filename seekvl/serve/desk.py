@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from seekvl.engine.request import Request as Prepared
-from seekvl.serve.errors import bad_request
+from seekvl.serve.errors import HUNG_UP, ApiError, bad_request
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.pictures import PictureDesk
 from seekvl.serve.service import Service
@@ -66,18 +66,25 @@ def client_of(request: Request) -> str:
 
 @contextlib.asynccontextmanager
 async def until_disconnected(request: Request) -> AsyncIterator[None]:
-    """Cancel what is done inside as soon as the caller hangs up."""
-    working = asyncio.current_task()
+    """Cancel what is done inside as soon as the caller hangs up; raises ApiError (499) then."""
+    working, hung_up = asyncio.current_task(), False
     assert working is not None
 
     async def listen() -> None:
+        nonlocal hung_up
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        working.cancel("the caller hung up")
+        hung_up = True
+        working.cancel()
 
     listening = asyncio.create_task(listen())
     try:
-        yield
-    finally:
-        listening.cancel()
-        await asyncio.gather(listening, return_exceptions=True)
+        try:
+            yield
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+    except asyncio.CancelledError:
+        if not hung_up or working.uncancel():
+            raise  # somebody else wants it to end
+        raise ApiError(status=HUNG_UP, message="the caller hung up") from None

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Dialect = Literal["openai", "replicate", "cog", "any"]
 
@@ -13,6 +13,7 @@ TITLES = {
     404: "Not found",
     405: "Method not allowed",
     406: "Not acceptable",
+    408: "Request timeout",
     409: "Conflict",
     413: "Request too large",
     415: "Unsupported media type",
@@ -21,6 +22,14 @@ TITLES = {
     500: "Internal server error",
     503: "Service unavailable",
 }
+OBJECT = {"application/json": {"schema": {"type": "object"}}}
+DECLARED: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "The request has to be changed; the body says what.", "content": OBJECT},
+    "5XX": {"description": "The server could not answer; the body says why.", "content": OBJECT},
+}
+"""What the OpenAPI document says of errors, for every route."""
+HUNG_UP = 499
+"""What the log and the figures say of a request whose caller did not wait; nobody reads it."""
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {
     401: "invalid_api_key",

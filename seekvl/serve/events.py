@@ -2,7 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 KEEP_ALIVE_SECONDS = 15.0
 COMMENT = b": still at work\n\n"
@@ -11,6 +15,33 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would collect it
 }
+
+
+DECLARED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, whole or, with `stream`, as events.",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
+    }
+}
+"""What the OpenAPI document says of answers that may be streams."""
+
+
+class EventStream(StreamingResponse):
+    """Sends events, and says when it is over, also where the caller left before the first one was drawn."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], *, ended: Callable[[], None]) -> None:
+        super().__init__(kept_alive(chunks), headers=HEADERS)
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all there is."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 def data(value: Mapping[str, object] | str) -> bytes:

@@ -8,10 +8,11 @@ environment is used, which would resolve anew.
 import asyncio
 import ipaddress
 import socket
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 import httpcore2 as httpcore
 
@@ -29,13 +30,22 @@ REFUSED: tuple[Network, ...] = tuple(
         "64:ff9b::/96",
         "2002::/16",
         "2001::/32",
+        "192.88.99.0/24",  # relays to the third of them
     )
 )
 """Networks refused beside those that Python knows as private, loopback, link-local or reserved."""
+UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All that is given out of IPv6 for the open Internet."""
+LONGEST_URL = 4096
+"""Letters."""
 
 
 class FetchError(Exception):
     """Why an address was not fetched: one line for the caller, which tells nothing of this network."""
+
+
+class TooLargeError(FetchError):
+    """More lies there than is taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +66,8 @@ def is_public(address: Address) -> bool:
     (True, False)
     """
     if any(address in network for network in REFUSED if network.version == address.version):
+        return False
+    if address.version == 6 and address not in UNICAST:
         return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
@@ -97,7 +109,7 @@ class Web:
                 raise FetchError(f"the server answered {status} and does not say where to go")
             scheme = urlsplit(url).scheme
             url = urljoin(url, location)
-            if urlsplit(url).scheme != scheme and (scheme, urlsplit(url).scheme) != ("http", "https"):
+            if urlsplit(url).scheme != scheme:
                 raise FetchError("it leads to another scheme")
         raise FetchError(f"it leads on more than {REDIRECTS} times")
 
@@ -111,7 +123,7 @@ class Web:
         headers: Mapping[str, str] | None = None,
     ) -> tuple[bytes, int, str | None]:
         """Ask once; return at most `limit` bytes of the answer, its status, and where it leads."""
-        _check_url(url)
+        url = checked_url(url)
         pool = httpcore.AsyncConnectionPool(network_backend=_Guarded(self))
         given = {"User-Agent": "seekvl", "Accept-Encoding": "identity", **(headers or {})}
         try:
@@ -123,7 +135,7 @@ class Web:
                     async for chunk in answer.aiter_stream():
                         data += chunk
                         if len(data) > limit:
-                            raise FetchError(f"more than {limit:,} bytes")
+                            raise TooLargeError(f"more than {limit:,} bytes")
                 return bytes(data), answer.status, None if location is None else location.decode("latin-1")
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             raise FetchError("the server cannot be reached, or breaks off") from error
@@ -172,19 +184,30 @@ class _Guarded(httpcore.AsyncNetworkBackend):  # type: ignore[misc]  # its libra
         await self._plain.sleep(seconds)
 
 
-def _check_url(url: str) -> None:
-    """Refuse what is no plain address of the web."""
+def checked_url(url: str) -> str:
+    """Return a plain address of the web in ASCII, its host written as the resolver will read it.
+
+    Raises FetchError for any other.
+
+    >>> checked_url("http://①②⑦.⓪.⓪.①/猫.png")
+    'http://127.0.0.1/%E7%8C%AB.png'
+    """
+    if len(url) > LONGEST_URL:
+        raise FetchError(f"the address has {len(url):,} letters, at most {LONGEST_URL:,} are taken")
     try:
         parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as error:
+        host, port = (parts.hostname or "").encode("idna").decode("ascii"), parts.port
+    except ValueError as error:  # a UnicodeError, too
         raise FetchError("the address is none") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not host:
         raise FetchError("only http: and https: addresses are fetched")
     if parts.username is not None or parts.password is not None:
         raise FetchError("an address with a user name is not fetched")
     if any(letter.isspace() or not letter.isprintable() for letter in url):
         raise FetchError("the address holds blanks or invisible letters")
+    place = (f"[{host}]" if ":" in host else host) + ("" if port is None else f":{port}")
+    path, query = (quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
+    return urlunsplit((parts.scheme, place, path, query, ""))
 
 
 def _networks(names: Iterable[str]) -> Iterable[Network]:

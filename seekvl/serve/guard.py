@@ -4,6 +4,7 @@ Plain ASGI, so that it sees every byte before anything reads it and streams pass
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from seekvl.engine.request import Completion
 from seekvl.serve.errors import ApiError, body, dialect_of, headers_of
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.settings import LOOPBACK_NAMES, Settings
@@ -28,6 +30,10 @@ PAGE = ("/page/", "/favicon.ico")
 BODY_SECONDS = 60.0
 """Longest time for the body of a request to arrive."""
 UPLOADS = "/v1/files"
+LINGER_SECONDS = 5.0
+"""How long the rest of a refused body is thrown away: who is still sending it would not see the answer."""
+DIGITS = 15
+"""Most digits of a Content-Length that are read as a number."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,6 +42,8 @@ class _Seen:
 
     status: int = 0
     """0 before the answer has begun."""
+    whole: bool = False
+    """Whether the body of the request was read to its end."""
 
 
 class Guard:
@@ -51,26 +59,36 @@ class Guard:
             await self.app(scope, receive, send)
             return
         request_id, began, seen = f"req_{uuid.uuid4().hex}", time.monotonic(), _Seen()
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, completions=[])
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def numbered(message: Message) -> None:
             """Send on, with the id of the request on every reply."""
             if message["type"] == "http.response.start":
                 seen.status = message["status"]
                 headers = MutableHeaders(scope=message)
+                if seen.status >= 400:
+                    await self._read_rest(receive, seen)
+                    if not seen.whole:
+                        headers["connection"] = "close"  # or the rest would be taken for the next request
                 headers["x-request-id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
         try:
             self._check(scope)
-            await self.app(scope, self._bounded(scope, receive), numbered)
+            await self.app(inner, self._bounded(receive, seen), numbered)
         except ApiError as error:
             self.metrics.rejected.labels(error.code or str(error.status)).inc()
-            if seen.status == 0:
-                await refuse(error, scope=scope, send=numbered)
+            await refuse(error, scope=scope, send=numbered)
+        except Exception:
+            log.exception("%s failed", request_id)
+            if seen.status:
+                raise  # the answer has begun: uvicorn breaks it off
+            message = f"something broke here; the server's log has it under {request_id}"
+            await refuse(ApiError(status=500, message=message), scope=scope, send=numbered)
         finally:
-            self._note(scope, seen, request_id=request_id, seconds=time.monotonic() - began)
+            self._note(inner, seen, request_id=request_id, seconds=time.monotonic() - began)
 
     def _check(self, scope: Scope) -> None:
         """Raise ApiError for what may not enter, by its headers alone."""
@@ -79,9 +97,9 @@ class Guard:
         if self._keys and not self._open(scope, headers):
             self._check_key(headers.get("authorization", ""))
         length = headers.get("content-length", "0")
-        if not length.isdigit():
+        if not length.isdecimal():
             raise ApiError(status=400, message="Content-Length is no number")
-        if int(length) > self.settings.max_body:
+        if len(length) > DIGITS or int(length) > self.settings.max_body:
             raise _too_large(self.settings.max_body)
         brings = int(length) > 0 or "transfer-encoding" in headers
         given = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -120,13 +138,13 @@ class Guard:
         if kind.lower() not in ("bearer", "token") or not any(right):
             raise ApiError(status=401, message="a key is needed: Authorization: Bearer KEY")
 
-    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+    def _bounded(self, receive: Receive, seen: _Seen) -> Receive:
         """Count the body as it comes, and wait for it only so long."""
-        read, until, whole = 0, time.monotonic() + BODY_SECONDS, False
+        read, until = 0, time.monotonic() + BODY_SECONDS
 
         async def bounded() -> Message:
-            nonlocal read, whole
-            if whole:
+            nonlocal read
+            if seen.whole:
                 return await receive()
             try:
                 async with asyncio.timeout(max(0.0, until - time.monotonic())):
@@ -138,10 +156,19 @@ class Guard:
             read += len(message.get("body", b""))
             if read > self.settings.max_body:
                 raise _too_large(self.settings.max_body)
-            whole = not message.get("more_body", False)
+            seen.whole = not message.get("more_body", False)
             return message
 
         return bounded
+
+    async def _read_rest(self, receive: Receive, seen: _Seen) -> None:
+        """Throw away what is left of a refused body, for a while; not of one that was waited for in vain."""
+        if seen.status == 408:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while not seen.whole:
+                    seen.whole = not (await receive()).get("more_body", False)
 
     def _note(self, scope: Scope, seen: _Seen, *, request_id: str, seconds: float) -> None:
         """Write the one log line of a request; no word of what was asked."""
@@ -149,7 +176,8 @@ class Guard:
         path = getattr(route, "path", None) or "none"
         self.metrics.requests.labels(path, str(seen.status)).inc()
         self.metrics.request.observe(seconds)
-        log.info("%s %s %s %d %.3f s", request_id, scope["method"], path, seen.status, seconds)
+        costs = "".join(map(_costs, scope["state"]["completions"]))
+        log.info("%s %s %s %d %.3f s%s", request_id, scope["method"], path, seen.status, seconds, costs)
 
 
 async def refuse(error: ApiError, *, scope: Scope, send: Send) -> None:
@@ -158,12 +186,20 @@ async def refuse(error: ApiError, *, scope: Scope, send: Send) -> None:
     headers: Iterable[tuple[str, str]] = {
         "content-type": "application/json",
         "content-length": str(len(text)),
-        "connection": "close",  # what is left of its body is not read
         **headers_of(error),
     }.items()
     raw = [(name.lower().encode(), value.encode()) for name, value in headers]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else text})
+
+
+def _costs(completion: Completion) -> str:
+    """Write what an answer took: tokens of prompt and answer, seconds of its parts."""
+    usage, timings = completion.usage, completion.timings
+    return (
+        f", {usage.prompt_tokens} + {usage.completion_tokens} tokens in {timings.preprocess:.3f} + "
+        f"{timings.vision:.3f} + {timings.prefill:.3f} + {timings.decode:.3f} s"
+    )
 
 
 def _too_large(most: int) -> ApiError:

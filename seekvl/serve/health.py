@@ -5,7 +5,7 @@ from datetime import datetime
 
 import torch
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 import seekvl
 from seekvl.serve.desk import desk_of
@@ -65,7 +65,7 @@ async def health_check(request: Request) -> dict[str, object]:
     }
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Return the figures of this server for Prometheus."""
     return Response(desk_of(request).metrics.text(), media_type=CONTENT_TYPE)

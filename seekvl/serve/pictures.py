@@ -7,7 +7,9 @@ import binascii
 import io
 import re
 import time
+import warnings
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
@@ -18,7 +20,7 @@ from PIL import Image
 from seekvl.processing.picture import DECODE_ERRORS, PictureLimits, open_picture
 from seekvl.runtime import SeekVLError
 from seekvl.serve.errors import bad_request
-from seekvl.serve.fetch import FetchError, Rules, Web
+from seekvl.serve.fetch import FetchError, Rules, TooLargeError, Web
 from seekvl.serve.settings import Settings
 
 MAGIC = {
@@ -91,9 +93,10 @@ class PictureDesk:
                 param=param,
                 code="invalid_image",
             )
-        self._check_size(data, param=param)
         try:
             return await anyio.to_thread.run_sync(self._open, data, limiter=self._decoders)
+        except TooLargeError as error:
+            raise bad_request(str(error), param=param, code="image_too_large") from error
         except SeekVLError as error:
             raise bad_request(str(error), param=param, code="invalid_image") from error
 
@@ -105,29 +108,18 @@ class PictureDesk:
             raise bad_request(message, param=param, code="too_many_images")
 
     def _open(self, data: bytes) -> Image.Image:
-        return open_picture(data, limits=self._limits)
-
-    def _check_size(self, data: bytes, *, param: str) -> None:
-        """Refuse a picture whose header tells of too many pixels, before anything is decoded."""
-        try:
-            with Image.open(io.BytesIO(data)) as header:
-                width, height = header.size
-        except Image.DecompressionBombError:
-            width = height = self.settings.max_pixels
-        except DECODE_ERRORS:  # what is wrong with it is told by the decoder, in a thread
-            return
-        if width * height > self.settings.max_pixels:
-            message = (
-                f"the picture has {width}x{height} px, at most {self.settings.max_pixels:,} pixels are taken"
-            )
-            raise bad_request(message, param=param, code="image_too_large")
+        """Decode a picture: the work of a thread."""
+        check_pixels(data, most=self.settings.max_pixels)
+        return open_picture(data, limits=self._limits, mode=self.settings.preprocessing)
 
     async def _read(self, url: str, *, param: str) -> bytes:
         """Return the bytes at an address."""
         scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
         try:
             if scheme == "data":
-                return read_data_url(url, most=self.settings.max_picture_bytes)
+                return await anyio.to_thread.run_sync(
+                    partial(read_data_url, url, most=self.settings.max_picture_bytes)
+                )
             stored = await self._stored(url)
             if stored is not None:
                 return stored
@@ -136,12 +128,32 @@ class PictureDesk:
                     raise FetchError("this server fetches nothing; send a data: URL")
                 return await self._web.get(url)
             if scheme == "file" and self.settings.file_root is not None:
-                return await anyio.to_thread.run_sync(read_file_url, url, self.settings.file_root)
+                root, most = self.settings.file_root, self.settings.max_picture_bytes
+                return await anyio.to_thread.run_sync(partial(read_file_url, url, root, most=most))
         except FetchError as error:
-            raise bad_request(f"the picture: {error}", param=param, code="invalid_image") from error
+            code = "image_too_large" if isinstance(error, TooLargeError) else "invalid_image"
+            raise bad_request(f"the picture: {error}", param=param, code=code) from error
         raise bad_request(
             "a picture is given by a data: or an https: address", param=param, code="invalid_image"
         )
+
+
+def check_pixels(data: bytes, *, most: int) -> None:
+    """Refuse a picture whose header tells of too many pixels, before anything is decoded.
+
+    Raises TooLargeError. What else may be wrong is told by the decoder.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is below it
+            header = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise TooLargeError(f"the picture has more than {most:,} pixels") from error
+    except DECODE_ERRORS:
+        return
+    width, height = header.size
+    if width * height > most:
+        raise TooLargeError(f"the picture has {width}x{height} px, at most {most:,} pixels are taken")
 
 
 def read_data_url(url: str, *, most: int) -> bytes:
@@ -150,7 +162,7 @@ def read_data_url(url: str, *, most: int) -> bytes:
     if not comma:
         raise FetchError("a data: URL needs a comma before its data")
     if len(body) > 2 * most:  # base64 takes 4/3, and line breaks are allowed
-        raise FetchError(f"more than {most:,} bytes")
+        raise TooLargeError(f"more than {most:,} bytes")
     if not head.lower().endswith(";base64"):
         return unquote_to_bytes(body)
     try:
@@ -160,16 +172,21 @@ def read_data_url(url: str, *, most: int) -> bytes:
         raise FetchError("the data: URL is not valid base64") from error
 
 
-def read_file_url(url: str, root: Path) -> bytes:
-    """Return a file below a folder. Raises FetchError, with the same words whether it exists or not."""
+def read_file_url(url: str, root: Path, *, most: int) -> bytes:
+    """Return a file below a folder, of at most so many bytes.
+
+    Raises FetchError, outside of the folder with the same words whether it exists or not.
+    """
     refused = FetchError("no such file, or not one of the folder that may be read")
     parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
+    if parts.netloc:
         raise refused
     try:
         path = Path(unquote(parts.path, errors="strict")).resolve(strict=True)
         if not path.is_relative_to(root.resolve(strict=True)) or not path.is_file():
             raise refused
+        if path.stat().st_size > most:
+            raise TooLargeError(f"more than {most:,} bytes")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise refused from error

@@ -36,6 +36,8 @@ READERS = 2
 """Threads that turn conversations into model input, beside the engine's."""
 WATCH_SECONDS = 0.25
 """Between two looks at the engine."""
+DRAIN_SECONDS = 0.05
+"""Between two looks at answers that are to end."""
 MOST_RESTARTS, RESTART_WINDOW = 3, 60.0
 """An engine that dies more often than this within so many seconds is not started again."""
 RETRY_SECONDS = 5
@@ -146,16 +148,20 @@ class Service:
         while self.phase != "failed":
             await asyncio.sleep(WATCH_SECONDS)
             if self.phase == "ready" and not self.vlm.engine.alive:
+                self.phase = "restarting"
                 await anyio.to_thread.run_sync(self._restart)
 
     async def drain(self) -> None:
         """Take nothing new; let running answers end within the time of grace, then cancel them."""
-        if self.phase in ("draining", "stopped"):
+        if self.phase in ("draining", "stopped", "failed"):
             return
         self.phase = "draining"
         if self._vlm is not None:
-            engine = self._vlm.engine
-            await anyio.to_thread.run_sync(engine.drain, self.settings.grace_seconds)
+            engine, until = self._vlm.engine, time.monotonic() + self.settings.grace_seconds
+            while not engine.drain(0.0) and time.monotonic() < until:
+                await asyncio.sleep(
+                    DRAIN_SECONDS
+                )  # not in a thread: a second signal ends the program at once
             await anyio.to_thread.run_sync(engine.close)
         self.phase = "stopped"
 
@@ -171,7 +177,7 @@ class Service:
             vlm.renew_engine(queue=self.settings.queue)
             vlm.engine.start()
         except Exception as error:
-            log.exception("the model could not be loaded")
+            log.error("the model could not be loaded: %s", error, exc_info=not isinstance(error, SeekVLError))
             self._note(f"failed: {error}")
             self.phase = "failed"
         else:
@@ -183,18 +189,27 @@ class Service:
 
     def _restart(self) -> None:
         """Start a new engine in the place of one that died, unless that happens again and again."""
-        self.phase = "restarting"
         now = time.monotonic()
         self._deaths = [death for death in self._deaths if death > now - RESTART_WINDOW] + [now]
         if len(self._deaths) > MOST_RESTARTS:
-            self._note(f"failed: the engine died {len(self._deaths)} times within {RESTART_WINDOW:.0f} s")
-            self.phase = "failed"
+            self._give_up(f"the engine died {len(self._deaths)} times within {RESTART_WINDOW:.0f} s")
             return
-        self.vlm.renew_engine(queue=self.settings.queue)
-        self.vlm.engine.start()
+        try:
+            self.vlm.renew_engine(queue=self.settings.queue)
+            self.vlm.engine.start()
+        except Exception as error:
+            log.exception("the engine could not be started again")
+            self._give_up(str(error))
+            return
         self.restarts += 1
         self._note(f"the engine died and was started again, restart {self.restarts}")
-        self.phase = "ready"
+        if self.phase == "restarting":  # not told to stop meanwhile
+            self.phase = "ready"
+
+    def _give_up(self, why: str) -> None:
+        log.error("the engine cannot answer: %s", why)
+        self._note(f"failed: {why}")
+        self.phase = "failed"
 
     def _note(self, line: str) -> None:
         log.info(line)
@@ -205,6 +220,7 @@ def not_ready(phase: Phase) -> ApiError:
     """Say that nobody answers now, and whether to come back."""
     why = {
         "starting": "the model is still loading",
+        "ready": "the engine is being started again",  # nobody has looked yet
         "restarting": "the engine is being started again",
         "failed": "the model cannot answer; the server's log says why",
     }.get(phase, "the server is shutting down")

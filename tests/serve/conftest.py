@@ -12,10 +12,12 @@ import httpx
 import pytest
 
 import seekvl
+from seekvl.engine.engine import Engine
 from seekvl.serve.app import create_app
 from seekvl.serve.run import Server, server_config
 from seekvl.serve.settings import Settings
 
+MODEL = "seekvl/seekvl-nano"
 SETTINGS = Settings(port=0, device="cpu", dtype="float32", wait_seconds=20.0, answer_seconds=60.0)
 
 
@@ -31,10 +33,49 @@ class Running:
     def v1(self) -> str:
         return f"{self.url}/v1"
 
+    @property
+    def engine(self) -> Engine:
+        """What answers just now."""
+        return self.server.service.vlm.engine
+
+    def chat(self, **fields: Any) -> httpx.Response:
+        """Ask for an answer to a text."""
+        return self.ask("POST", "/v1/chat/completions", json=chat_body(**fields))
+
+    def figure(self, name: str) -> float:
+        """Return a figure without labels."""
+        lines = self.ask("GET", "/metrics").text.splitlines()
+        return sum(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
     def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Ask once, with no proxy in between."""
         with httpx.Client(trust_env=False, timeout=60) as client:
             return client.request(method, self.url + path, **options)
+
+
+def chat_body(**fields: Any) -> dict[str, Any]:
+    """A question in a few words, greedy."""
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "Hello."}], "temperature": 0}
+    return {**asked, **fields}
+
+
+ENDLESS = {"ignore_eos": True}
+"""An answer that goes on until the context is full."""
+
+
+def wait_until(happened: Callable[[], bool], *, seconds: float = 60.0) -> None:
+    """Wait until something has happened."""
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, f"it has not happened within {seconds} s"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """Let the engine make no step until the block ends."""
+    with engine._driving:
+        yield
 
 
 Start = Callable[..., Running]
@@ -71,13 +112,13 @@ def running(vlm: seekvl.VLM, **changes: Any) -> Iterator[Running]:
 
 def wait_until_ready(server: Running) -> None:
     """Wait for the model."""
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
+
+    def ready() -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            if server.ask("GET", "/ready").status_code == 200:
-                return
-        time.sleep(0.05)
-    raise AssertionError("the server is not ready after 30 s")
+            return server.ask("GET", "/ready").status_code == 200
+        return False
+
+    wait_until(ready)
 
 
 @pytest.fixture(scope="session")

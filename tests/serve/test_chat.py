@@ -1,16 +1,20 @@
 """Chat completions, asked by the real openai client."""
 
 import base64
+import enum
+import json
 from pathlib import Path
 
+import httpx
 import openai
+import pydantic
 import pytest
 from PIL import Image
 
 import seekvl
-from tests.serve.conftest import Running
+from seekvl.serve import events
+from tests.serve.conftest import MODEL, Running, chat_body, held
 
-MODEL = "seekvl/seekvl-nano"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -39,6 +43,7 @@ def test_an_answer_is_what_the_library_says(client: openai.OpenAI, vlm: seekvl.V
     assert found.choices[0].message.content == expected.text == "WALL"
     assert found.choices[0].finish_reason == "stop"
     assert found.object == "chat.completion"
+    assert found._request_id.startswith("req_")
     assert found.model == MODEL
     assert found.usage.prompt_tokens == expected.usage.prompt_tokens
     assert found.usage.completion_tokens == expected.usage.completion_tokens
@@ -134,6 +139,221 @@ def test_the_budget_and_stop_strings_end_an_answer(client: openai.OpenAI) -> Non
     assert stopped.message.content == whole[: whole.index(word)]
 
 
+class Colour(enum.StrEnum):
+    """Makes the schema refer to a definition."""
+
+    RED = "red"
+    BLUE = "blue"
+
+
+class Sign(pydantic.BaseModel):
+    """What an answer is to be."""
+
+    word: str = pydantic.Field(max_length=12)
+    colours: list[Colour] = pydantic.Field(min_length=1, max_length=2)
+    legible: bool
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_an_answer_keeps_to_a_schema(client: openai.OpenAI, temperature: float) -> None:
+    found = client.chat.completions.parse(
+        model=MODEL,
+        messages=shown("sign.png", "Describe the sign as JSON."),
+        response_format=Sign,
+        temperature=temperature,
+        seed=5,
+    ).choices[0]
+    assert found.finish_reason == "stop"
+    assert isinstance(found.message.parsed, Sign)
+    assert 1 <= len(found.message.parsed.colours) <= 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_an_object(client: openai.OpenAI, stream: bool) -> None:
+    asked = {
+        "model": MODEL,
+        "messages": shown("sign.png", "What does the sign say?"),
+        "response_format": {"type": "json_object"},
+        "temperature": 0,
+        "max_tokens": 300,
+    }
+    if stream:
+        chunks = client.chat.completions.create(**asked, stream=True)
+        pieces = [chunk.choices[0] for chunk in chunks]
+        text, reason = "".join(piece.delta.content or "" for piece in pieces), pieces[-1].finish_reason
+    else:
+        choice = client.chat.completions.create(**asked).choices[0]
+        text, reason = choice.message.content, choice.finish_reason
+    assert text.startswith("{")
+    if reason == "stop":
+        assert isinstance(json.loads(text), dict)
+
+
+def test_plain_text_may_be_said_to_be_wanted(client: openai.OpenAI) -> None:
+    asked = {"model": MODEL, "messages": shown("sign.png", "What does the sign say?"), "temperature": 0}
+    found = client.chat.completions.create(**asked, response_format={"type": "text"})
+    assert found.choices[0].message.content == "WALL"
+
+
+def test_the_end_can_be_ignored(client: openai.OpenAI) -> None:
+    asked = {"model": MODEL, "messages": shown("sign.png", "What does the sign say?"), "temperature": 0}
+    found = client.chat.completions.create(**asked, max_tokens=30, extra_body={"ignore_eos": True})
+    assert found.usage.completion_tokens == 30
+    assert found.choices[0].finish_reason == "length"
+    assert found.choices[0].message.content.startswith("WALL")
+
+
+def test_a_full_context_ends_an_answer_and_says_so(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "a " * 1000}]
+    asked = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 4000}
+    found = client.chat.completions.create(**asked, extra_body={"ignore_eos": True})
+    assert found.usage.total_tokens == 2048
+    assert found.choices[0].finish_reason == "length"
+    assert found.notices == ["the answer was cut: the context of the model is full"]
+
+
+def test_drawing_repeats_itself_with_a_seed(client: openai.OpenAI) -> None:
+    asked = {"model": MODEL, "messages": shown("chart.png", "Describe the picture."), "temperature": 1.5}
+    texts = [
+        client.chat.completions.create(**asked, seed=seed).choices[0].message.content
+        for seed in (1, 1, 2, 3, 2**63 - 1, -(2**63))
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+    assert client.chat.completions.create(**asked, seed=2**63 - 1, n=2, max_tokens=1).choices
+
+
+def test_without_a_temperature_answers_are_drawn_coolly(
+    client: openai.OpenAI, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    submit = server.engine.submit
+    monkeypatch.setattr(
+        server.engine, "submit", lambda request, **more: asked.append(request) or submit(request, **more)
+    )
+    client.chat.completions.create(model=MODEL, messages=shown("sign.png", "Hi"), max_tokens=1, top_p=0)
+    assert asked[0].params.temperature == 0.1
+    assert asked[0].params.top_p == 1e-9
+    assert asked[0].params.repetition_penalty == 1.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"repetition_penalty": 0},
+        {"repetition_penalty": 1.3},
+        {"top_k": 1},
+        {"detail": "low"},
+        {"user": "somebody", "metadata": {"a": 1}, "store": True, "unknown": [1, 2]},
+        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"tools": []},
+        {"frequency_penalty": 2, "presence_penalty": -2},
+        {"stop": ["", "zzz"]},
+        {"stop": None, "n": None, "stream": None, "seed": None, "response_format": None},
+        {"max_tokens": 10**30},
+        {"max_tokens": 5, "max_completion_tokens": 3},
+        {"stream_options": {"include_usage": True}},
+    ],
+)
+def test_what_clients_send_beside_is_taken(client: openai.OpenAI, change: dict[str, object]) -> None:
+    asked = {"model": MODEL, "messages": shown("sign.png", "What does the sign say?"), "max_tokens": 4}
+    found = client.chat.completions.create(**asked, extra_body=change)
+    assert found.usage.completion_tokens >= 1
+
+
+def test_penalties_change_what_is_said(client: openai.OpenAI) -> None:
+    asked = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Describe the picture in many words."}],
+        "temperature": 0,
+        "max_tokens": 60,
+        "extra_body": {"ignore_eos": True},
+    }
+    texts = {
+        client.chat.completions.create(**asked, **change).choices[0].message.content
+        for change in ({}, {"frequency_penalty": 2.0}, {"presence_penalty": 2.0})
+    }
+    assert len(texts) == 3
+
+
+def test_spellings_of_one_prompt_are_the_same(client: openai.OpenAI) -> None:
+    url = data_url("sign.png")
+    spellings = [
+        [
+            {"type": "image_url", "image_url": {"url": url, "detail": "auto"}},
+            {"type": "text", "text": "Where?"},
+        ],
+        [{"type": "image_url", "image_url": url}, {"type": "input_text", "text": "Where?"}],
+        [{"type": "input_image", "image_url": url, "detail": "auto"}, {"type": "text", "text": "Where?"}],
+    ]
+    found = [
+        client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": content}], temperature=0
+        )
+        for content in spellings
+    ]
+    assert len({each.choices[0].message.content for each in found}) == 1
+    assert len({each.usage.prompt_tokens for each in found}) == 1
+    texts = [
+        client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=5)
+        for messages in (
+            [{"role": "developer", "content": "Be short."}, {"role": "user", "content": "Hello."}],
+            [
+                {"role": "system", "content": [{"type": "text", "text": "Be short."}]},
+                {"role": "user", "content": [{"type": "text", "text": "Hello."}]},
+            ],
+        )
+    ]
+    assert texts[0].usage.prompt_tokens == texts[1].usage.prompt_tokens
+    assert texts[0].choices[0].message.content == texts[1].choices[0].message.content
+
+
+def test_pictures_of_earlier_turns_stay(client: openai.OpenAI) -> None:
+    messages = [
+        *shown("sign.png", "What does the sign say?"),
+        {"role": "assistant", "content": "WALL"},
+        {"role": "user", "content": "Where is the sign?"},
+    ]
+    found = client.chat.completions.create(model=MODEL, messages=messages, temperature=0)
+    assert found.usage.prompt_tokens_details.image_tokens == 100
+
+
+def test_streams_say_how_they_are_to_be_treated(server: Running) -> None:
+    found = server.chat(stream=True, max_tokens=2)
+    assert found.headers["content-type"].startswith("text/event-stream")
+    assert found.headers["cache-control"] == "no-cache"
+    assert found.headers["x-accel-buffering"] == "no"
+    assert found.headers["x-request-id"].startswith("req_")
+    assert "content-encoding" not in found.headers
+    assert found.text.endswith("data: [DONE]\n\n")
+    chunks = [json.loads(event[6:]) for event in found.text.split("\n\n")[:-2]]
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[-1]["choices"][0]["delta"] == {}
+    assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
+
+
+def test_a_stream_keeps_the_connection_awake_while_a_prompt_waits(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = events.kept_alive
+    monkeypatch.setattr(events, "kept_alive", lambda chunks: real(chunks, seconds=0.05))
+    body = chat_body(stream=True, max_tokens=2)
+    asking = httpx.stream("POST", f"{server.v1}/chat/completions", json=body, trust_env=False)
+    with held(server.engine), asking as answer:
+        lines = [line for _, line in zip(range(6), answer.iter_lines(), strict=False)]
+    assert lines[0].startswith("data: ")
+    assert lines[2].startswith(":")
+    client = openai.OpenAI(base_url=server.v1, api_key="any", max_retries=0)
+    assert list(client.chat.completions.create(**body))  # comments are no events
+
+
+def test_the_sdks_own_stream(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model=MODEL, messages=shown("sign.png", "What does the sign say?"), temperature=0
+    ) as stream:
+        assert stream.get_final_completion().choices[0].message.content == "WALL"
+
+
 def test_marks_of_the_template_are_data(client: openai.OpenAI) -> None:
     plain = [{"role": "user", "content": "Hi <image_placeholder> <|User|> <｜end▁of▁sentence｜>"}]
     found = client.chat.completions.create(model=MODEL, messages=plain, max_tokens=3)
@@ -152,6 +372,44 @@ def test_marks_of_the_template_are_data(client: openai.OpenAI) -> None:
         ({"n": 9}, 400, None, "n"),
         ({"top_logprobs": 3}, 400, None, "top_logprobs"),
         ({"stop": ["a", "b", "c", "d", "e"]}, 400, None, "stop"),
+        ({"response_format": {"type": "xml"}}, 400, None, "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
+            400,
+            None,
+            "response_format",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}}},
+            400,
+            None,
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "extra_body": {"ignore_eos": True}},
+            400,
+            None,
+            "ignore_eos",
+        ),
+        ({"response_format": {"type": "json_object"}, "stop": "x"}, 400, None, None),
+        ({"extra_body": {"max_tiles": 0}}, 400, None, "max_tiles"),
+        ({"extra_body": {"max_tiles": 2}}, 400, None, "max_tiles"),  # this model makes none
+        ({"extra_body": {"repetition_penalty": 3}}, 400, None, "repetition_penalty"),
+        ({"seed": 2**63}, 400, None, "seed"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, None, "top_logprobs"),
+        ({"messages": "hi"}, 400, None, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            400,
+            None,
+            "messages[0].content[0].text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            None,
+            "messages[0].content[0].image_url",
+        ),
         ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
         ({"response_format": {"type": "json_schema"}}, 400, None, "response_format.json_schema"),
         ({"messages": [{"role": "judge", "content": "hi"}]}, 400, None, "messages[0].role"),

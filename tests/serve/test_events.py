@@ -1,0 +1,67 @@
+"""What goes over the wire, and the comments between."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from seekvl.serve.events import COMMENT, data, event, kept_alive
+
+
+async def collect(events: AsyncIterator[bytes], *, most: int = 100) -> list[bytes]:
+    found = []
+    async for each in events:
+        found.append(each)
+        if len(found) == most:
+            break
+    return found
+
+
+def test_comments_fill_the_time_while_nothing_comes() -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.25)
+        yield b"data: 1\n\n"
+        yield b"data: 2\n\n"
+
+    found = asyncio.run(collect(kept_alive(slow(), seconds=0.1)))
+    assert found == [COMMENT, COMMENT, b"data: 1\n\n", b"data: 2\n\n"]
+    assert COMMENT.startswith(b":")
+
+
+def test_leaving_early_ends_what_makes_the_events() -> None:
+    ended = []
+
+    async def endless() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"x"
+                await asyncio.sleep(0)
+        finally:
+            ended.append(True)
+
+    async def leave() -> None:
+        events = kept_alive(endless())
+        assert await anext(events) == b"x"
+        await events.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(leave())
+    assert ended == [True]
+
+
+def test_what_breaks_the_events_is_raised() -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"x"
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        asyncio.run(collect(kept_alive(broken())))
+
+
+@pytest.mark.parametrize("mark", ["\n", "\r\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
+def test_no_separator_cuts_a_line_off(mark: str) -> None:
+    assert event("output", f"a{mark}b") == b"event: output\ndata: a\ndata: b\n\n"
+    assert event("output", mark) == b"event: output\ndata: \ndata: \n\n"
+
+
+def test_letters_of_all_scripts_stay_themselves() -> None:
+    assert data({"text": "猫\u2028"}) == 'data: {"text": "猫\u2028"}\n\n'.encode()

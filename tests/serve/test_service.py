@@ -1,0 +1,218 @@
+"""Answers that nobody waits for, that wait too long, and an engine that dies under them."""
+
+import asyncio
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+import seekvl
+from seekvl.engine.engine import Engine
+from seekvl.serve import run, service
+from seekvl.serve.app import create_app
+from seekvl.serve.chat import together
+from seekvl.serve.errors import ApiError
+from tests.serve.conftest import ENDLESS, SETTINGS, Running, Start, chat_body, held, wait_until
+
+CHAT = "/v1/chat/completions"
+
+
+def client_of(server: Running, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.v1, api_key="any", **{"max_retries": 0, **options})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hanging_up_ends_an_answer_within_a_step(server: Running, stream: bool) -> None:
+    engine, before = server.engine, server.engine.metrics()
+    request = httpx.Request("POST", server.url + CHAT, json=chat_body(stream=stream, **ENDLESS))
+    lines = [f"{name.decode()}: {value.decode()}" for name, value in request.headers.raw]
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = "\r\n".join((f"POST {CHAT} HTTP/1.1", *lines, "", "")).encode()
+        connection.sendall(head + request.read())
+        wait_until(lambda: engine.metrics().generated_tokens > before.generated_tokens + 5)
+    wait_until(lambda: engine.metrics().running == 0)
+    after = engine.metrics()
+    assert after.ended.get("cancelled", 0) == before.ended.get("cancelled", 0) + 1
+    assert after.generated_tokens - before.generated_tokens < 1000  # of about 2,000
+    assert server.chat(max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hanging_up_takes_a_request_out_of_the_queue(server: Running, stream: bool) -> None:
+    engine = server.engine
+    with held(engine):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                server.url + CHAT,
+                json=chat_body(stream=stream, n=3),
+                timeout=httpx.Timeout(10, read=0.5) if not stream else 10,
+                trust_env=False,
+            ) if not stream else _read_a_little(server)
+        wait_until(lambda: engine.metrics().waiting == 0)
+
+
+def _read_a_little(server: Running) -> None:
+    """Read the first event of a stream and hang up."""
+    with httpx.stream("POST", server.url + CHAT, json=chat_body(stream=True, n=3), trust_env=False) as answer:
+        assert next(answer.iter_lines()).startswith("data: ")
+    raise httpx.ReadTimeout("hung up")
+
+
+def test_a_stream_nobody_began_to_read_is_cancelled() -> None:
+    class Waiting:
+        cancelled = False
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+        async def pieces(self) -> Any:
+            await asyncio.sleep(60)
+            yield
+
+    async def leave_at_once(answerings: list[Any]) -> None:
+        pieces = together(answerings)
+        drawing = asyncio.ensure_future(anext(pieces))
+        await asyncio.sleep(0)
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
+
+    answerings = [Waiting(), Waiting()]
+    asyncio.run(leave_at_once(answerings))
+    assert all(answering.cancelled for answering in answerings)
+
+
+def test_a_full_queue_is_429_and_a_long_wait_503(start: Start) -> None:
+    server = start(queue=1, wait_seconds=4.0)
+    with held(server.engine):
+        waiting: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: waiting.append(server.chat()))
+        thread.start()
+        wait_until(lambda: server.engine.metrics().waiting == 1)
+        with pytest.raises(openai.RateLimitError) as caught:
+            client_of(server).chat.completions.create(**chat_body())
+        assert caught.value.code == "rate_limit_exceeded"
+        assert caught.value.response.headers["retry-after"] == "5"
+        thread.join(30)
+    (late,) = waiting
+    assert late.status_code == 503
+    assert late.headers["retry-after"]
+    assert late.json()["error"]["type"] == "server_error"
+    assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_several_choices_are_taken_in_together_or_not_at_all(start: Start) -> None:
+    server = start(queue=2)
+    with held(server.engine):
+        assert server.chat(n=3).status_code == 429
+        wait_until(lambda: server.engine.metrics().waiting == 0)
+
+
+def test_an_answer_that_takes_too_long_is_cut_and_says_so(start: Start) -> None:
+    server = start(answer_seconds=1.0)
+    found = server.chat(**ENDLESS).json()
+    assert found["choices"][0]["finish_reason"] == "length"
+    assert found["notices"] == ["the answer was cut: its time was over"]
+
+
+def test_a_request_that_is_let_in_too_late_is_503(start: Start) -> None:
+    server = start(answer_seconds=0.3)
+    answers: list[httpx.Response] = []
+    with held(server.engine):
+        thread = threading.Thread(target=lambda: answers.append(server.chat()))
+        thread.start()
+        wait_until(lambda: server.engine.metrics().waiting == 1)
+        time.sleep(0.5)
+    thread.join(30)
+    assert answers[0].status_code == 503
+
+
+class Death:
+    """Kills an engine's thread at its next steps."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def __call__(self, engine: Engine, plan: Any) -> None:
+        if self.times:
+            self.times -= 1
+            raise SystemExit("killed")
+        REAL_DO(engine, plan)
+
+
+REAL_DO = Engine._do
+
+
+def test_an_engine_that_died_is_started_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start()
+    death = Death(1)
+    monkeypatch.setattr(service, "WATCH_SECONDS", 0.5)
+    monkeypatch.setattr(Engine, "_do", lambda engine, plan: death(engine, plan))
+    with held(server.engine):
+        answers: list[httpx.Response] = []
+        threads = [
+            threading.Thread(target=lambda n=n: answers.append(server.chat(max_tokens=n))) for n in (1, 2, 3)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: server.engine.metrics().waiting == 3)
+    for thread in threads:
+        thread.join(30)
+    assert [answer.status_code for answer in answers] == [503] * 3  # one was let in, two waited
+    assert server.ask("GET", "/health").status_code == 200
+    wait_until(lambda: server.ask("GET", "/ready").status_code == 200)
+    wait_until(lambda: server.figure("seekvl_engine_restarts_total") == 1)
+    assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_a_stream_that_breaks_ends_with_an_error_the_client_raises(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    death = Death(0)
+    monkeypatch.setattr(Engine, "_do", lambda engine, plan: death(engine, plan))
+    stream = client_of(server).chat.completions.create(**chat_body(stream=True), extra_body=ENDLESS)
+    next(iter(stream))
+    death.times = 1
+    with pytest.raises(openai.APIError, match="the answer was lost"):
+        list(stream)
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_server(
+    vlm: seekvl.VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = seekvl.VLM(vlm.model, vlm.processor)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = SETTINGS.__class__(port=port, device="cpu", dtype="float32")
+    monkeypatch.setattr(run, "create_app", lambda given: create_app(given, load=lambda _: own))
+    death = Death(100)
+    monkeypatch.setattr(Engine, "_do", lambda engine, plan: death(engine, plan))
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(run.serve(settings)))
+    thread.start()
+    until = time.monotonic() + 60
+    while thread.is_alive() and time.monotonic() < until:
+        try:
+            found = httpx.post(
+                f"http://127.0.0.1:{port}{CHAT}", json=chat_body(), trust_env=False, timeout=30
+            )
+            assert found.status_code == 503
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    thread.join(10)
+    assert codes == [1]
+
+
+def test_what_an_answer_fails_of_decides_the_status() -> None:
+    assert service.failure(ApiError(status=429, message="x")).status == 429
+    assert service.failure(service.DeadlinePassed("x")).status == 503
+    assert service.failure(service.EngineStopped("x")).status == 503
+    assert service.failure(seekvl.SeekVLError("x")).status == 400
+    assert service.failure(RuntimeError("x")).status == 500
