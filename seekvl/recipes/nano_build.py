@@ -27,7 +27,6 @@ from seekvl.train.stage import Stage
 from seekvl.train.step import B, M, Objective
 from seekvl.train.streams import Streams
 
-
 CPU_PARTS = 4
 """Parts of rows of alike length on a CPU. Of nano-moe's batches of 16 a third is padding, with four parts a
 tenth."""

@@ -12,22 +12,31 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import seekvl
-from seekvl.serve import chat, health, models
+from seekvl.serve import chat, cog, files, health, hosted, models
 from seekvl.serve.desk import Desk
-from seekvl.serve.errors import TITLES, ApiError, body, dialect_of, headers_of
+from seekvl.serve.errors import TITLES, ApiError, Fault, body, dialect_of, headers_of
+from seekvl.serve.files import stored_in
 from seekvl.serve.guard import Guard
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.pictures import PictureDesk
+from seekvl.serve.prediction_run import finish_all
+from seekvl.serve.request_log import RequestLog
 from seekvl.serve.service import Service, load_model
 from seekvl.serve.settings import Settings
+from seekvl.serve.store import Store
+from seekvl.serve.webhooks import Webhooks, new_secret
 from seekvl.vlm import VLM
 
 
 def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_model) -> FastAPI:
-    """Return the application. Its model is loaded when the server starts, by `load`."""
+    """Return the application. Its model is loaded when the server starts, by `load`.
+
+    Raises SeekVLError for a store or a log that cannot be used.
+    """
     service = Service(settings, load=load)
     metrics = ServerMetrics(service)
-    pictures = PictureDesk(settings)
+    store = Store(settings)
+    pictures = PictureDesk(settings, stored=stored_in(store))
     pictures.seconds = metrics.picture.observe
     app = FastAPI(
         title="seekvl",
@@ -37,8 +46,16 @@ def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_mod
         redoc_url=None,  # both of them load scripts of others
         lifespan=lifespan,
     )
-    app.state.desk = Desk(settings=settings, service=service, pictures=pictures, metrics=metrics)
-    for room in (health, models, chat):
+    app.state.desk = Desk(
+        settings=settings,
+        service=service,
+        pictures=pictures,
+        metrics=metrics,
+        store=store,
+        webhooks=Webhooks(settings),
+        log=None if settings.log_prompts is None else RequestLog(settings.log_prompts, settings),
+    )
+    for room in (health, hosted, models, files, cog, chat):  # versions in front of models of any name
         app.include_router(room.router)
     for kind, handler in (
         (ApiError, on_api_error),
@@ -62,6 +79,8 @@ def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_mod
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the model beside the open port, look after it, and let its answers end."""
     desk: Desk = app.state.desk
+    if desk.settings.webhook_secret is None:
+        desk.webhooks.secret = await desk.store.fact("webhook_secret", make=new_secret)
     desk.service.start()
     watching = asyncio.create_task(desk.service.watch())
     try:
@@ -70,6 +89,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         await desk.service.drain()
+        await finish_all(desk)
+        await desk.webhooks.close()
+        await desk.store.close()
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:
@@ -82,13 +104,20 @@ async def on_api_error(request: Request, error: Exception) -> Response:
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:
-    """Say which field of a body is not as it must be: 400 where OpenAI's clients ask, else 422."""
+    """Say which field of a body is not as it must be: 400 where OpenAI's clients ask, and for a body that is
+    no JSON; else 422 with all of them.
+    """
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = _place(first["loc"])
-    message = f"{param or 'the body'}: {first['msg']}"
-    status = 400 if dialect_of(request.url.path) in ("openai", "any") else 422
-    return await on_api_error(request, ApiError(status=status, message=message, param=param))
+    found = error.errors()
+    param = _place(found[0]["loc"])
+    message = f"{param or 'the body'}: {found[0]['msg']}"
+    if dialect_of(request.url.path) in ("openai", "any") or found[0]["type"] == "json_invalid":
+        return await on_api_error(request, ApiError(status=400, message=message, param=param))
+    faults = tuple(
+        Fault(".".join(map(str, each["loc"][1:])), each["msg"], missing=each["type"] == "missing")
+        for each in found
+    )
+    return await on_api_error(request, ApiError(status=422, message=message, param=param, faults=faults))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from seekvl.engine.request import Completion, Likelihood, Piece
 from seekvl.engine.request import Request as Prepared
+from seekvl.processing.conversation import Conversation
 from seekvl.processing.tokenizer import Tokenizer
 from seekvl.serve import events
 from seekvl.serve.chat_request import ChatRequest, check_model, conversation, sampling
@@ -19,6 +20,7 @@ from seekvl.serve.desk import Desk, client_of, desk_of, until_disconnected
 from seekvl.serve.errors import ApiError, error_event
 from seekvl.serve.grounding import Stripper, grounding, strip
 from seekvl.serve.notices import limits_met, notices, seen
+from seekvl.serve.request_log import Logged, fresh_seed
 from seekvl.serve.service import Answering, failure
 
 router = APIRouter()
@@ -66,25 +68,43 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         chunks = events.kept_alive(stream(chat, answerings, desk=desk))
         return StreamingResponse(chunks, headers=events.HEADERS)
     async with until_disconnected(request):
-        choices = await asyncio.gather(*(finish(each, chat=chat, desk=desk) for each in answerings))
+        choices = await asyncio.gather(
+            *(finish(each, chat=chat, desk=desk, choice=choice) for choice, each in enumerate(answerings))
+        )
     return JSONResponse(whole(chat, choices))
 
 
 async def begin(asked: ChatRequest, *, desk: Desk) -> Chat:
     """Check a request and turn it into model input. Raises ApiError."""
     sampling(asked, room=desk.context)  # what cannot be served is told before pictures are fetched
+    if desk.log is not None and asked.seed is None:
+        asked = asked.model_copy(update={"seed": fresh_seed()})
     given = await conversation(asked.messages, desk=desk.pictures)
     prepared = await desk.service.prepare(
         given, sampling(asked, room=desk.context), max_tiles=asked.max_tiles
     )
     processor = desk.service.vlm.processor
-    return Chat(
+    chat = Chat(
         asked=asked,
         prepared=replace(prepared, end_id=NO_END if asked.ignore_eos else None),
         tokenizer=processor.tokenizer,
         model=asked.model,
         pictures=seen(prepared.inputs, processor),
         notices=notices(prepared.inputs, processor),
+    )
+    if desk.log is not None:
+        await desk.log.request(chat.id, logged(chat, given, room=desk.room(prepared)))
+    return chat
+
+
+def logged(chat: Chat, given: Conversation, *, room: int) -> Logged:
+    """Return what is kept of a request where whole requests are."""
+    params = [sampling(chat.asked, room=room, choice=choice) for choice in range(chat.asked.choices)]
+    return Logged(
+        conversation=given,
+        params=tuple(params),
+        max_tiles=chat.asked.max_tiles,
+        end_id=chat.prepared.end_id,
     )
 
 
@@ -104,20 +124,24 @@ def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
     return answerings
 
 
-async def finish(answering: Answering, *, chat: Chat, desk: Desk) -> Choice:
+async def finish(answering: Answering, *, chat: Chat, desk: Desk, choice: int = 0) -> Choice:
     """Draw an answer to its end. Raises ApiError."""
     tokens: list[dict[str, object]] = []
     async for piece in answering.pieces():
         tokens += likelihoods(piece, chat.tokenizer)
         if piece.completion is not None:
-            note(answering, piece.completion, desk=desk)
+            await note(answering, piece.completion, chat=chat, desk=desk, choice=choice)
             return Choice(completion=piece.completion, tokens=tokens)
     raise ApiError(status=500, message="the answer has no end")
 
 
-def note(answering: Answering, completion: Completion, *, desk: Desk) -> None:
-    """Take down what an answer took."""
+async def note(
+    answering: Answering, completion: Completion, *, chat: Chat, desk: Desk, choice: int = 0
+) -> None:
+    """Take down what an answer took, and the answer itself where whole requests are kept."""
     desk.metrics.answered(completion, first_seconds=answering.first_seconds or 0.0)
+    if desk.log is not None:
+        await desk.log.answer(chat.id, completion, choice=choice)
 
 
 def whole(chat: Chat, choices: Sequence[Choice]) -> dict[str, object]:
@@ -210,7 +234,7 @@ async def stream(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> 
             yield from_piece(chat, index, piece, stripper=strippers[index], with_usage=with_usage)
             if piece.completion is not None:
                 completions[index] = piece.completion
-                note(answerings[index], piece.completion, desk=desk)
+                await note(answerings[index], piece.completion, chat=chat, desk=desk, choice=index)
                 yield last_chunk(chat, index, piece.completion, with_usage=with_usage)
     except Exception as error:
         yield events.data(error_event(failure(error)))
