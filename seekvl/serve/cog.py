@@ -81,11 +81,11 @@ async def cancel(request: Request, prediction_id: str) -> Response:
 async def _predict(request: Request, body: PredictionRequest, *, name: str | None) -> Response:
     """Begin, and answer in the form that is asked for. Raises ApiError."""
     desk, base = desk_of(request), base_of(request)
+    streamed = "text/event-stream" in request.headers.get("accept", "")
+    waits = streamed or request.headers.get("prefer", "").strip() != "respond-async"
     try:
-        run = await begin(request, body, model=served(desk), desk=desk, name=name)
-        streamed = "text/event-stream" in request.headers.get("accept", "")
-        if not streamed and request.headers.get("prefer", "").strip() == "respond-async":
-            run.replied = True
+        run = await begin(request, body, model=served(desk), desk=desk, waits=waits, name=name)
+        if not waits:
             return JSONResponse(run.prediction.told_starting(base), status_code=202)
         async with until_disconnected(request):
             try:

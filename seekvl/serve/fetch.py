@@ -37,6 +37,10 @@ class FetchError(Exception):
     """Why an address was not fetched: one line for the caller, which tells nothing of this network."""
 
 
+class RefusedError(FetchError):
+    """An address that may not be fetched from, now or later."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
     """What may be fetched."""
@@ -144,7 +148,7 @@ class Web:
         if not names or not all(
             self._may(host, ipaddress.ip_address(name.partition("%")[0])) for name in names
         ):
-            raise FetchError("its host is not one that may be fetched from")
+            raise RefusedError("its host is not one that may be fetched from")
         return names
 
     def _may(self, host: str, address: Address) -> bool:

@@ -101,10 +101,9 @@ async def webhook_secret(request: Request) -> dict[str, str]:
 async def _create(request: Request, body: PredictionRequest, *, model: str) -> Response:
     """Begin, and hold the reply for as long as is asked for. Raises ApiError."""
     desk, base = desk_of(request), base_of(request)
-    run = await begin(request, body, model=model, desk=desk)
     seconds = wait_seconds(request.headers.get("prefer", ""))
+    run = await begin(request, body, model=model, desk=desk, waits=seconds is not None)
     if seconds is None:
-        run.replied = True
         return JSONResponse(run.prediction.told(base), status_code=201)
     async with until_disconnected(request):
         try:

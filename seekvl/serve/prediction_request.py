@@ -39,11 +39,18 @@ class PredictionRequest(BaseModel):
 
 
 async def begin(
-    request: Request, body: PredictionRequest, *, model: str, desk: Desk, name: str | None = None
+    request: Request,
+    body: PredictionRequest,
+    *,
+    model: str,
+    desk: Desk,
+    waits: bool,
+    name: str | None = None,
 ) -> Run:
     """Check a request and begin with its prediction. Raises ApiError.
 
-    name: id of the prediction; None makes one.
+    waits: whether the reply is held, so that what goes wrong can still be an error of the request. name: id
+    of the prediction; None makes one.
     """
     inputs = models(desk)[model]
     given = body.input or {}
@@ -72,6 +79,7 @@ async def begin(
         base=base_of(request),
         client=client_of(request),
         webhook=_webhook(body, desk),
+        replied=not waits,
     )
     desk.runs[model] += 1
     run.start(desk)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from seekvl.engine.request import Completion
 from seekvl.engine.request import Request as Prepared
+from seekvl.processing.tile_image import TileImageConfig
 from seekvl.serve.desk import Desk
 from seekvl.serve.errors import ApiError, Fault, invalid
 from seekvl.serve.grounding import Grounding, grounding
@@ -36,6 +37,8 @@ Kind = Literal["output", "logs"]
 
 FULL_PAUSE = 0.25
 """Seconds between two tries to hand a run to a full engine, where its request was replied to already."""
+PARTING = 5.0
+"""Seconds that runs have to end by themselves when the engine has stopped."""
 REFUSALS = (400, 409, 413, 422, 429, 503)
 """What a request is refused with; any other failure is data."""
 
@@ -151,8 +154,8 @@ class Run:
         """Open the pictures, ask the engine, and gather the answer."""
         pictures = [await desk.pictures.open(url, param=name) for name, url in self.asked.pictures]
         conversation = ask(self.asked, pictures)
-        params = self.asked.sampling(room=desk.context)
-        prepared = await desk.service.prepare(conversation, params, max_tiles=self.asked.max_tiles)
+        params, tiles = self.asked.sampling(room=desk.context), self._tiles(desk)
+        prepared = await desk.service.prepare(conversation, params, max_tiles=tiles)
         self.prediction.started_at, self.prediction.status = now(), "processing"
         self._tell()
         self._say("start")
@@ -163,9 +166,16 @@ class Run:
             return "succeeded"
         if desk.log is not None:
             params = self.asked.sampling(room=desk.room(prepared))
-            logged = Logged(conversation=conversation, params=(params,), max_tiles=self.asked.max_tiles)
+            logged = Logged(conversation=conversation, params=(params,), max_tiles=tiles)
             await desk.log.request(self.prediction.id, logged)
         return await self._generate(prepared, pictures[-1], desk=desk)
+
+    def _tiles(self, desk: Desk) -> int | None:
+        """Return the most tiles of a picture; a model that never cuts pictures has no use for a bound."""
+        if self.asked.max_tiles is None or isinstance(desk.service.vlm.processor.image, TileImageConfig):
+            return self.asked.max_tiles
+        self._log("max_tiles does nothing here: this model sees every picture whole")
+        return None
 
     async def _generate(self, prepared: Prepared, picture: Image.Image, *, desk: Desk) -> Status:
         """Draw the answer from the engine."""
@@ -250,8 +260,11 @@ class Run:
 
 
 async def finish_all(desk: Desk) -> None:
-    """Let all runs end, when the engine has stopped."""
-    for run in list(desk.live.values()):
+    """Let all runs end, when the engine has stopped: most have their answer and only put it away."""
+    runs = list(desk.live.values())
+    if runs:
+        await asyncio.wait([asyncio.ensure_future(run.ended()) for run in runs], timeout=PARTING)
+    for run in runs:
         run.cancel()
         await run.ended()
 

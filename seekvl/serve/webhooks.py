@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from seekvl.serve.fetch import FetchError, Rules, Web
+from seekvl.serve.fetch import FetchError, RefusedError, Rules, Web
 from seekvl.serve.settings import Settings, signing_key
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ SECONDS = 30.0
 """Longest time for one call."""
 BETWEEN = 0.5
 """Seconds between two calls of output, and of logs."""
+NEVER = 0
+"""Instead of a status: the address may not be called."""
 TRIES = 12
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 """Seconds before the second try of a last call; they double up to the longest."""
@@ -65,7 +67,7 @@ class Webhooks:
                 log.warning("%d webhooks were not delivered: the server stops", len(late))
 
     async def call(self, url: str, body: bytes, *, name: str) -> int | None:
-        """Call once; return the status, None where nothing could be reached."""
+        """Call once; return the status, None where nothing was reached, NEVER where nothing may be."""
         moment = str(int(time.time()))
         headers = {
             "Content-Type": "application/json",
@@ -76,8 +78,8 @@ class Webhooks:
         try:
             status, _ = await self._web.send(url, body=body, headers=headers)
         except FetchError as error:
-            log.info("webhook %s: %s", name, error)
-            return None
+            log.warning("webhook %s: %s", name, error)
+            return NEVER if isinstance(error, RefusedError) else None
         return status
 
     async def insist(self, url: str, body: bytes, *, name: str) -> None:
