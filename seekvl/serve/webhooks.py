@@ -84,14 +84,12 @@ class Webhooks:
 
     async def insist(self, url: str, body: bytes, *, name: str) -> None:
         """Call until the receiver has taken it, or has refused it, or all tries are used."""
-        pause = FIRST_PAUSE
-        for last in (*[False] * (TRIES - 1), True):
+        for pause in (*pauses(), None):
             status = await self.call(url, body, name=name)
             if status is not None and status != 429 and status < 500:
                 return
-            if not last:
+            if pause is not None:
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
         log.warning("webhook %s was not delivered in %d tries", name, TRIES)
 
 
@@ -130,6 +128,11 @@ class Webhook:
             await asyncio.wait([self._under_way], timeout=SETTLING)
             self._under_way.cancel()
         await self.webhooks.insist(self.url, body, name=_name())
+
+
+def pauses() -> list[float]:
+    """Return the seconds between the tries of a last call."""
+    return [min(FIRST_PAUSE * 2**number, LONGEST_PAUSE) for number in range(TRIES - 1)]
 
 
 def encoded(body: Body) -> bytes:
