@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from seekvl import __version__
-from seekvl.cli import ask, bench, chat, convert, eval, plan, serve, train, verify
+from seekvl.cli import ask, bench, chat, convert, eval, plan, replay, serve, train, verify
 
 
 class Verbs(TyperGroup):
@@ -79,6 +79,7 @@ def start(
 app.command("ask", epilog=ask.EXAMPLE)(ask.ask)
 app.command("chat", epilog=chat.EXAMPLE)(chat.chat)
 app.command("serve", epilog=serve.EXAMPLE)(serve.serve)
+app.command("replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("bench", epilog=bench.EXAMPLE)(bench.bench)

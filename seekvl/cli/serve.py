@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ from seekvl.cli import options
 
 EXAMPLE = "Example: seekvl serve --port 8000, then OPENAI_BASE_URL=http://127.0.0.1:8000/v1 for any client"
 KEYS = "SEEKVL_API_KEYS"
+SECRET = "SEEKVL_WEBHOOK_SECRET"
 
 Host = Annotated[
     str, typer.Option(help="Address to listen on; 127.0.0.1 is this machine alone, 0.0.0.0 all.")
@@ -43,6 +44,50 @@ FileRoot = Annotated[
 ]
 Queue = Annotated[int, typer.Option(min=1, help="Most requests that wait; more are refused.")]
 Grace = Annotated[float, typer.Option(min=0, help="Seconds for running answers when told to stop.")]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        help="sqlite:///path keeps predictions and uploaded files through a restart; without it they are in "
+        "memory.",
+        show_default=False,
+    ),
+]
+KeepPredictions = Annotated[
+    float, typer.Option(min=1, help="Seconds for which a finished prediction can be asked for.")
+]
+MaxPredictions = Annotated[int, typer.Option(min=1, help="Most finished predictions that are kept.")]
+KeepFiles = Annotated[float, typer.Option(min=1, help="Seconds for which an uploaded file is kept.")]
+MaxFileBytes = Annotated[int, typer.Option(min=1, help="Most bytes of all uploaded files.")]
+CogInputs = Annotated[
+    Literal["full", "simple"],
+    typer.Option(
+        help="Model of the Cog routes (/predictions): full takes text and up to three pictures and draws "
+        "boxes, simple takes a picture and a prompt. The Replicate routes serve both."
+    ),
+]
+UploadUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="Address below which drawn pictures are put (HTTP PUT); without it they come as data: URLs.",
+        show_default=False,
+    ),
+]
+WebhookSecret = Annotated[
+    str | None,
+    typer.Option(
+        envvar=SECRET,
+        help="whsec_ and a key in base64, to sign webhooks with; by default one is made and kept in store.",
+        show_default=False,
+    ),
+]
+LogPrompts = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False,
+        help="Folder to keep whole requests in, pictures too, for seekvl replay; nothing deletes them.",
+        show_default=False,
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Log a line for every request.")]
 
 
@@ -65,6 +110,15 @@ def serve(
     file_root: FileRoot = None,
     queue: Queue = 64,
     grace: Grace = 30.0,
+    store: Store = None,
+    keep_predictions: KeepPredictions = 3600.0,
+    max_predictions: MaxPredictions = 1000,
+    keep_files: KeepFiles = 86_400.0,
+    max_file_bytes: MaxFileBytes = 2**30,
+    cog_inputs: CogInputs = "full",
+    upload_url: UploadUrl = None,
+    webhook_secret: WebhookSecret = None,
+    log_prompts: LogPrompts = None,
     verbose: Verbose = False,
 ) -> None:
     """Answer over HTTP until SIGTERM or Ctrl-C; needs the extra `server`."""
@@ -95,6 +149,15 @@ def serve(
         file_root=file_root,
         queue=queue,
         grace_seconds=grace,
+        store=store,
+        prediction_seconds=keep_predictions,
+        max_predictions=max_predictions,
+        file_seconds=keep_files,
+        max_file_bytes=max_file_bytes,
+        cog_inputs=cog_inputs,
+        upload_url=upload_url,
+        webhook_secret=webhook_secret,
+        log_prompts=log_prompts,
     )
     typer.echo(f"{settings.model_name} on http://{host}:{port} (Ctrl-C stops)", err=True)
     raise typer.Exit(run(settings))

@@ -9,6 +9,7 @@ Letters: n rows, v vocabulary, m tokens seen so far.
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -109,9 +110,10 @@ def subtract(scores: Tensor, generated: Sequence[int], params: SamplingParams) -
     """Subtract presence and frequency penalties from the scores f[v] of tokens already generated."""
     if not generated or (params.presence_penalty, params.frequency_penalty) == (0.0, 0.0):
         return scores
-    index, counts = torch.tensor(generated, device=scores.device).unique(return_counts=True)
+    counts = Counter(generated)
+    lower = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
     lowered = scores.clone()
-    lowered[index] -= params.presence_penalty + params.frequency_penalty * counts
+    lowered[torch.tensor(list(counts), device=scores.device)] -= torch.tensor(lower, device=scores.device)
     return lowered
 
 

@@ -12,22 +12,41 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import seekvl
-from seekvl.serve import chat, health, models, responses
+from seekvl.serve import chat, cog, files, health, hosted, models, responses
 from seekvl.serve.desk import Desk
-from seekvl.serve.errors import DECLARED, HUNG_UP, TITLES, ApiError, Dialect, body, dialect_of, headers_of
+from seekvl.serve.errors import (
+    DECLARED,
+    HUNG_UP,
+    TITLES,
+    ApiError,
+    Dialect,
+    Fault,
+    body,
+    dialect_of,
+    headers_of,
+)
+from seekvl.serve.files import stored_in
 from seekvl.serve.guard import Guard
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.pictures import PictureDesk
+from seekvl.serve.prediction_run import finish_all
+from seekvl.serve.request_log import RequestLog
 from seekvl.serve.service import Service, load_model
 from seekvl.serve.settings import Settings
+from seekvl.serve.store import Store
+from seekvl.serve.webhooks import Webhooks, new_secret
 from seekvl.vlm import VLM
 
 
 def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_model) -> FastAPI:
-    """Return the application. Its model is loaded when the server starts, by `load`."""
+    """Return the application. Its model is loaded when the server starts, by `load`.
+
+    Raises SeekVLError for a store or a log that cannot be used.
+    """
     service = Service(settings, load=load)
     metrics = ServerMetrics(service)
-    pictures = PictureDesk(settings)
+    store = Store(settings)
+    pictures = PictureDesk(settings, stored=stored_in(store))
     pictures.seconds = metrics.picture.observe
     app = FastAPI(
         title="seekvl",
@@ -38,8 +57,17 @@ def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_mod
         lifespan=lifespan,
         responses=DECLARED,
     )
-    app.state.desk = Desk(settings=settings, service=service, pictures=pictures, metrics=metrics)
-    for room in (health, models, chat, responses):
+    app.state.desk = Desk(
+        settings=settings,
+        service=service,
+        pictures=pictures,
+        metrics=metrics,
+        store=store,
+        webhooks=Webhooks(settings),
+        log=None if settings.log_prompts is None else RequestLog(settings.log_prompts, settings),
+    )
+    rooms = (health, hosted, models, files, cog, chat, responses)  # versions before models of any name
+    for room in rooms:
         app.include_router(room.router)
     for kind, handler in (
         (ApiError, on_api_error),
@@ -63,6 +91,8 @@ def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_mod
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the model beside the open port, look after it, and let its answers end."""
     desk: Desk = app.state.desk
+    if desk.settings.webhook_secret is None:
+        desk.webhooks.secret = await desk.store.fact("webhook_secret", make=new_secret)
     desk.service.start()
     watching = asyncio.create_task(desk.service.watch())
     try:
@@ -71,6 +101,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         await desk.service.drain()
+        await finish_all(desk)
+        await desk.webhooks.close()
+        await desk.store.close()
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:
@@ -87,15 +120,23 @@ def _refusal(request: Request, error: ApiError, dialect: Dialect) -> Response:
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:
-    """Say which field of a body is not as it must be: 400 where OpenAI's clients ask, else 422."""
+    """Say which field of a body is not as it must be: 400 where OpenAI's clients ask, and for a body that is
+    no JSON; else 422 with all of them.
+    """
     assert isinstance(error, RequestValidationError)
-    first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of a union, the branch that was meant
+    found = error.errors()
+    first = max(found, key=lambda fault: len(fault["loc"]))  # of a union, the branch that was meant
     broken = first["type"] == "json_invalid"
     param = None if broken else _place(first["loc"])
     reason = f"no JSON, {first['ctx']['error']} at letter {first['loc'][1]}" if broken else first["msg"]
     message = f"{param or 'the body'}: {reason}"
-    status = 400 if dialect_of(request.url.path) in ("openai", "any") else 422
-    return await on_api_error(request, ApiError(status=status, message=message, param=param))
+    if broken or dialect_of(request.url.path) in ("openai", "any"):
+        return await on_api_error(request, ApiError(status=400, message=message, param=param))
+    faults = tuple(
+        Fault(".".join(map(str, each["loc"][1:])), each["msg"], missing=each["type"] == "missing")
+        for each in found
+    )
+    return await on_api_error(request, ApiError(status=422, message=message, param=param, faults=faults))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 
 from seekvl.engine.request import Completion, Likelihood, Piece
 from seekvl.engine.request import Request as Prepared
+from seekvl.processing.conversation import Conversation
 from seekvl.processing.tokenizer import Tokenizer
 from seekvl.runtime import SeekVLError
 from seekvl.serve import events
@@ -22,6 +23,7 @@ from seekvl.serve.desk import Desk, client_of, desk_of, until_disconnected
 from seekvl.serve.errors import ApiError, bad_request, error_event
 from seekvl.serve.grounding import Stripper, grounding, strip
 from seekvl.serve.notices import limits_met, notices, seen
+from seekvl.serve.request_log import Logged, fresh_seed
 from seekvl.serve.service import Answering, failure
 
 router = APIRouter()
@@ -77,12 +79,14 @@ async def begin(asked: ChatRequest, *, desk: Desk, done: list[Completion]) -> Ch
     check_model(asked.model, desk.names)
     check_tiles(asked, desk=desk)
     sampling(asked, room=desk.context)  # what cannot be served is told before pictures are fetched
+    if desk.log is not None and asked.seed is None:
+        asked = asked.model_copy(update={"seed": fresh_seed()})
     given = await conversation(asked.messages, desk=desk.pictures)
     prepared = await desk.service.prepare(
         given, sampling(asked, room=desk.context), max_tiles=asked.max_tiles
     )
     processor = desk.service.vlm.processor
-    return Chat(
+    chat = Chat(
         asked=asked,
         prepared=replace(prepared, end_id=NO_END if asked.ignore_eos else None),
         tokenizer=processor.tokenizer,
@@ -90,6 +94,20 @@ async def begin(asked: ChatRequest, *, desk: Desk, done: list[Completion]) -> Ch
         pictures=seen(prepared.inputs, processor),
         notices=notices(prepared.inputs, processor),
         done=done,
+    )
+    if desk.log is not None:
+        await desk.log.request(chat.id, logged(chat, given, room=desk.room(prepared)))
+    return chat
+
+
+def logged(chat: Chat, given: Conversation, *, room: int) -> Logged:
+    """Return what is kept of a request where whole requests are."""
+    params = [sampling(chat.asked, room=room, choice=choice) for choice in range(chat.asked.choices)]
+    return Logged(
+        conversation=given,
+        params=tuple(params),
+        max_tiles=chat.asked.max_tiles,
+        end_id=chat.prepared.end_id,
     )
 
 
@@ -134,14 +152,16 @@ async def finish(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> 
             tokens[index] += likelihoods(piece, chat.tokenizer)
             if piece.completion is not None:
                 completions[index] = piece.completion
-                note(chat, answerings[index], piece.completion, desk=desk)
+                await note(chat, answerings[index], piece.completion, desk=desk, choice=index)
     return [Choice(completion=completions[index], tokens=told) for index, told in enumerate(tokens)]
 
 
-def note(chat: Chat, answering: Answering, completion: Completion, *, desk: Desk) -> None:
-    """Take down what an answer took."""
+async def note(chat: Chat, answering: Answering, completion: Completion, *, desk: Desk, choice: int) -> None:
+    """Take down what an answer took, and the answer itself where whole requests are kept."""
     chat.done.append(completion)
     desk.metrics.answered(completion, first_seconds=answering.first_seconds or 0.0)
+    if desk.log is not None:
+        await desk.log.answer(chat.id, completion, choice=choice)
 
 
 def whole(chat: Chat, choices: Sequence[Choice]) -> dict[str, object]:
@@ -236,7 +256,7 @@ async def stream(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> 
                     yield text
                 if piece.completion is not None:
                     completions[index] = piece.completion
-                    note(chat, answerings[index], piece.completion, desk=desk)
+                    await note(chat, answerings[index], piece.completion, desk=desk, choice=index)
                     yield last_chunk(chat, index, piece.completion, with_usage=with_usage)
     except Exception as error:
         yield events.data(error_event(failure(error)))

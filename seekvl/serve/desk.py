@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -11,8 +13,14 @@ from seekvl.engine.request import Request as Prepared
 from seekvl.serve.errors import HUNG_UP, ApiError, bad_request
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.pictures import PictureDesk
+from seekvl.serve.request_log import RequestLog
 from seekvl.serve.service import Service
 from seekvl.serve.settings import Settings
+from seekvl.serve.store import Store
+from seekvl.serve.webhooks import Webhooks
+
+if TYPE_CHECKING:
+    from seekvl.serve.prediction_run import Run
 
 SIMPLE = "-simple"
 """Behind the name of the model that takes one picture and a prompt in the predictions API."""
@@ -26,6 +34,14 @@ class Desk:
     service: Service
     pictures: PictureDesk
     metrics: ServerMetrics
+    store: Store
+    webhooks: Webhooks
+    log: RequestLog | None = None
+    """Where whole requests are kept, if anywhere."""
+    live: "dict[str, Run]" = field(default_factory=dict)
+    """Predictions under way, by id."""
+    runs: Counter[str] = field(default_factory=Counter)
+    """Predictions begun since the server was started, by model."""
 
     @property
     def names(self) -> tuple[str, str]:
@@ -56,6 +72,11 @@ def desk_of(request: Request) -> Desk:
     desk = request.app.state.desk
     assert isinstance(desk, Desk)
     return desk
+
+
+def base_of(request: Request) -> str:
+    """Return the address of this server as the caller wrote it."""
+    return str(request.base_url).rstrip("/")
 
 
 def client_of(request: Request) -> str:

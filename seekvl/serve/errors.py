@@ -44,7 +44,7 @@ class Fault:
     """One input that is not as it must be."""
 
     field: str
-    """Its name, such as `max_new_tokens`."""
+    """Its place in the body, such as `input.max_new_tokens`."""
     message: str
     missing: bool = False
 
@@ -61,7 +61,7 @@ class ApiError(Exception):
     param: str | None = None
     """The field at fault, such as `messages[0].content[1].image_url`."""
     faults: tuple[Fault, ...] = ()
-    """The inputs of a prediction that are at fault."""
+    """All that is at fault in the body of a prediction."""
     retry_after: int | None = None
     """Whole seconds after which it is worth trying again."""
     headers: dict[str, str] = field(default_factory=dict)
@@ -73,6 +73,12 @@ class ApiError(Exception):
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
     """Say that the caller has to change the request."""
     return ApiError(status=400, message=message, param=param, code=code)
+
+
+def invalid(*faults: Fault) -> ApiError:
+    """Say what is wrong with the inputs of a prediction, all at once."""
+    message = "; ".join(f"{fault.field}: {fault.message}" for fault in faults)
+    return ApiError(status=422, message=message, faults=faults)
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
@@ -102,7 +108,7 @@ def dialect_of(path: str) -> Dialect:
         return "openai"
     if parts[1] in ("predictions", "files", "webhooks") or {"predictions", "versions"} & set(parts):
         return "replicate"
-    return "openai" if parts[1] == "models" else "any"
+    return "any"
 
 
 def body(error: ApiError, dialect: Dialect) -> dict[str, object]:
@@ -133,12 +139,12 @@ def _openai_body(error: ApiError) -> dict[str, object]:
 
 
 def _cog_body(error: ApiError) -> dict[str, object]:
-    """Return Cog's form: all faults of the input at once, or one sentence."""
+    """Return Cog's form: all faults at once, or one sentence."""
     if error.faults:
         return {
             "detail": [
                 {
-                    "loc": ["body", "input", fault.field],
+                    "loc": ["body", *fault.field.split(".")],
                     "msg": fault.message,
                     "type": "value_error.missing" if fault.missing else "value_error",
                 }
@@ -155,7 +161,7 @@ def _detail(error: ApiError) -> str:
     """Return the text the Replicate client shows: a line for each input at fault."""
     if not error.faults:
         return error.message
-    return "\n".join(f"- input.{fault.field}: {fault.message}" for fault in error.faults)
+    return "\n".join(f"- {fault.field}: {fault.message}" for fault in error.faults)
 
 
 def error_event(error: ApiError) -> Mapping[str, object]:

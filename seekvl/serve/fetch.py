@@ -11,7 +11,6 @@ import socket
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 import httpcore2 as httpcore
@@ -46,6 +45,10 @@ class FetchError(Exception):
 
 class TooLargeError(FetchError):
     """More lies there than is taken."""
+
+
+class RefusedError(FetchError):
+    """An address that may not be fetched from, now or later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,12 +91,17 @@ class Web:
         except TimeoutError as error:
             raise FetchError(f"no complete answer within {self.rules.seconds:g} s") from error
 
-    async def post(self, url: str, *, body: bytes, headers: Mapping[str, str], method: str = "POST") -> int:
-        """Send a body and return the status of the answer, which is not read. Raises FetchError."""
+    async def send(
+        self, url: str, *, body: bytes, headers: Mapping[str, str], method: str = "POST"
+    ) -> tuple[int, str | None]:
+        """Send a body; return the status of the answer, which is not read, and its `Location`.
+
+        Raises FetchError.
+        """
         try:
             async with asyncio.timeout(self.rules.seconds):
-                _, status, _ = await self._ask(method, url, body=body, headers=headers, limit=0)
-                return status
+                _, status, location = await self._ask(method, url, body=body, headers=headers, limit=0)
+                return status, location
         except TimeoutError as error:
             raise FetchError(f"no answer within {self.rules.seconds:g} s") from error
 
@@ -152,7 +160,7 @@ class Web:
         if not names or not all(
             self._may(host, ipaddress.ip_address(name.partition("%")[0])) for name in names
         ):
-            raise FetchError("its host is not one that may be fetched from")
+            raise RefusedError("its host is not one that may be fetched from")
         return names
 
     def _may(self, host: str, address: Address) -> bool:
@@ -163,18 +171,25 @@ class Web:
         return listed or host.lower().rstrip(".") in self._names
 
 
-class _Guarded(httpcore.AsyncNetworkBackend):  # type: ignore[misc]  # its library has no types here
+class _Guarded(httpcore.AsyncNetworkBackend):
     """Connects to checked addresses only."""
 
     def __init__(self, web: Web) -> None:
         self._web, self._plain = web, httpcore.AnyIOBackend()
 
-    async def connect_tcp(self, host: str, port: int, **options: Any) -> httpcore.AsyncNetworkStream:
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
         """Connect to a host whose every address may be asked."""
         failed: OSError | httpcore.NetworkError | None = None
         for address in await self._web.addresses(host, port):
             try:
-                return await self._plain.connect_tcp(address, port, **options)
+                return await self._plain.connect_tcp(address, port, timeout, local_address, socket_options)
             except (OSError, httpcore.NetworkError) as error:
                 failed = error
         raise httpcore.ConnectError(str(failed))

@@ -6,6 +6,8 @@ from fastapi import APIRouter, Request
 
 from seekvl.serve.desk import Desk, desk_of
 from seekvl.serve.errors import ApiError
+from seekvl.serve.prediction_schemas import models as inputs_by_model
+from seekvl.serve.prediction_schemas import version
 
 router = APIRouter(tags=["Models"])
 
@@ -27,10 +29,10 @@ def describe(name: str, desk: Desk) -> dict[str, object]:
         "github_url": None,
         "paper_url": "https://arxiv.org/abs/2412.10302",
         "license_url": None,
-        "run_count": 0,
+        "run_count": desk.runs[name],
         "cover_image_url": None,
         "default_example": None,
-        "latest_version": None,
+        "latest_version": version(name, inputs_by_model(desk)[name], created=created),
     }
 
 

@@ -188,7 +188,7 @@ async def stream(asked: Asked, answerings: Sequence[Answering], *, desk: Desk) -
                 if text or told:
                     yield write("output_text.delta", **place, delta=text, logprobs=told)
                 if piece.completion is not None:
-                    note(asked.chat, answerings[index], piece.completion, desk=desk)
+                    await note(asked.chat, answerings[index], piece.completion, desk=desk, choice=index)
                     for closing in closed(
                         asked, write, place, Choice(completion=piece.completion, tokens=tokens)
                     ):

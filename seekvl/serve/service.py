@@ -262,7 +262,8 @@ class Answering:
     async def _let_in(self) -> None:
         """Wait for the first piece, and give up on an answer that nobody begins in time."""
         try:
-            await asyncio.wait_for(self._arrived.wait(), self._wait)
+            async with asyncio.timeout(self._wait):  # wait_for loses a cancel that comes with the piece
+                await self._arrived.wait()
         except TimeoutError as error:
             if self._handle.waiting:
                 message = f"no place became free within {self._wait:g} s; try again later"

@@ -1,0 +1,246 @@
+"""What outlives a request: predictions and uploaded files, in SQLite, in memory or in a file.
+
+predictions    id, created, ended (null while it runs), size in bytes, its record as JSON
+files          id, created, expires, size in bytes, about it as JSON, its bytes
+facts          name, value: what one start of the server tells the next
+
+All work is done in one thread, in the order of the calls; a call that writes returns when its writing is on
+the disk. A file is for one server at a time.
+"""
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from seekvl.runtime import SeekVLError
+from seekvl.serve.errors import ApiError
+from seekvl.serve.records import FileRecord, Prediction, now
+from seekvl.serve.settings import Settings
+
+Found = TypeVar("Found")
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS predictions
+    (id TEXT PRIMARY KEY, created REAL NOT NULL, ended REAL, size INTEGER NOT NULL, record TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS by_age ON predictions (created, id);
+CREATE INDEX IF NOT EXISTS by_end ON predictions (ended, size, id);
+CREATE TABLE IF NOT EXISTS files
+    (id TEXT PRIMARY KEY, created REAL NOT NULL, expires REAL NOT NULL, size INTEGER NOT NULL,
+     about TEXT NOT NULL, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+PAGE = 50
+"""Predictions of a page of the list."""
+PAGE_BYTES = 8 * 2**20
+"""A page ends after this many bytes of records, however few they are."""
+INTERRUPTED = "the server stopped while this prediction ran; ask again"
+
+
+class Store:
+    """Keeps predictions and files within bounds of number, bytes and time.
+
+    Raises SeekVLError for a file that cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seekvl-store")
+        self._database = _open(settings.store)
+        self._fail_interrupted()
+
+    async def save(self, prediction: Prediction) -> None:
+        """Write a prediction as it is now; a finished one may push the oldest finished ones out."""
+        record = json.dumps(asdict(prediction))
+        await self._run(lambda: self._save(prediction, record))
+
+    async def prediction(self, name: str) -> Prediction | None:
+        """Return a prediction; None where it is unknown, or was kept long enough."""
+
+        def find() -> Prediction | None:
+            row = self._database.execute(
+                "SELECT record FROM predictions WHERE id = ? AND (ended IS NULL OR ended > ?)",
+                (name, time.time() - self.settings.prediction_seconds),
+            ).fetchone()
+            return None if row is None else Prediction(**json.loads(row[0]))
+
+        return await self._run(find)
+
+    async def predictions(self, *, cursor: str | None) -> tuple[list[Prediction], str | None]:
+        """Return a page of predictions, newest first, and the cursor of the next page.
+
+        Raises ApiError for a cursor that is none.
+        """
+        before = _read_cursor(cursor)
+
+        def find() -> tuple[list[Prediction], str | None]:
+            rows = self._database.execute(
+                "SELECT created, id, size, record FROM predictions WHERE (created, id) < (?, ?) "
+                "AND (ended IS NULL OR ended > ?) ORDER BY created DESC, id DESC",
+                (*before, time.time() - self.settings.prediction_seconds),
+            )
+            page: list[Prediction] = []
+            taken, last = 0, ""
+            for created, name, size, record in rows:
+                if len(page) == PAGE or (page and taken + size > PAGE_BYTES):
+                    return page, last
+                page.append(Prediction(**json.loads(record)))
+                taken, last = taken + size, f"{created!r}:{name}"
+            return page, None
+
+        return await self._run(find)
+
+    async def forget(self, name: str) -> None:
+        """Delete a prediction, as if it had never been asked for."""
+
+        def delete() -> None:
+            with self._database:
+                self._database.execute("DELETE FROM predictions WHERE id = ?", (name,))
+
+        await self._run(delete)
+
+    async def add_file(self, record: FileRecord, data: bytes) -> None:
+        """Keep a file. Raises ApiError (413) where there is no room for it."""
+        await self._run(lambda: self._add_file(record, data))
+
+    async def file(self, name: str) -> FileRecord | None:
+        """Return what is known of a file."""
+        row = await self._row("SELECT about FROM files WHERE id = ? AND expires > ?", name)
+        return None if row is None else FileRecord(**json.loads(str(row)))
+
+    async def file_data(self, name: str) -> bytes | None:
+        """Return the bytes of a file."""
+        row = await self._row("SELECT data FROM files WHERE id = ? AND expires > ?", name)
+        return row if isinstance(row, bytes) else None
+
+    async def files(self) -> list[FileRecord]:
+        """Return all files, newest first."""
+
+        def find() -> list[FileRecord]:
+            rows = self._database.execute(
+                "SELECT about FROM files WHERE expires > ? ORDER BY created DESC, id", (time.time(),)
+            )
+            return [FileRecord(**json.loads(about)) for (about,) in rows]
+
+        return await self._run(find)
+
+    async def delete_file(self, name: str) -> bool:
+        """Forget a file; return whether there was one."""
+
+        def delete() -> bool:
+            with self._database:
+                found = self._database.execute("DELETE FROM files WHERE id = ?", (name,))
+            return found.rowcount > 0
+
+        return await self._run(delete)
+
+    async def fact(self, name: str, *, make: Callable[[], str]) -> str:
+        """Return what was noted under a name; the first time, note what `make` returns."""
+
+        def find() -> str:
+            with self._database:
+                self._database.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, make()))
+            (value,) = self._database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+            return str(value)
+
+        return await self._run(find)
+
+    async def close(self) -> None:
+        """End; what was written stays."""
+        await self._run(self._database.close)
+        self._thread.shutdown(wait=False)
+
+    async def _run(self, work: Callable[[], Found]) -> Found:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _row(self, query: str, name: str) -> object:
+        """Return the only column of the row of a file that has not expired."""
+
+        def find() -> object:
+            row = self._database.execute(query, (name, time.time())).fetchone()
+            return None if row is None else row[0]
+
+        return await self._run(find)
+
+    def _save(self, prediction: Prediction, record: str) -> None:
+        with self._database:
+            self._database.execute(
+                "INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?)",
+                (prediction.id, prediction.created, prediction.ended, len(record), record),
+            )
+            if prediction.ended is not None:
+                self._push_out(keep=prediction.id)
+
+    def _push_out(self, *, keep: str) -> None:
+        """Delete finished predictions that are too old, too many or too large together."""
+        self._database.execute(
+            "DELETE FROM predictions WHERE ended <= ?", (time.time() - self.settings.prediction_seconds,)
+        )
+        number, taken, gone = 0, 0, []
+        rows = self._database.execute(
+            "SELECT id, size FROM predictions WHERE ended IS NOT NULL ORDER BY ended DESC"
+        )
+        for name, size in rows:
+            number, taken = number + 1, taken + size
+            too_many = number > self.settings.max_predictions
+            if name != keep and (too_many or taken > self.settings.max_prediction_bytes):
+                gone.append((name,))
+        self._database.executemany("DELETE FROM predictions WHERE id = ?", gone)
+
+    def _add_file(self, record: FileRecord, data: bytes) -> None:
+        most = self.settings.max_file_bytes
+        with self._database:
+            self._database.execute("DELETE FROM files WHERE expires <= ?", (time.time(),))
+            (taken,) = self._database.execute("SELECT COALESCE(SUM(size), 0) FROM files").fetchone()
+            if taken + record.size > most:
+                raise ApiError(
+                    status=413,
+                    message=f"the file has {record.size:,} bytes, and {taken:,} of {most:,} are taken by "
+                    "others; delete some",
+                )
+            self._database.execute(
+                "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)",
+                (record.id, record.created, record.expires, record.size, json.dumps(asdict(record)), data),
+            )
+
+    def _fail_interrupted(self) -> None:
+        """Tell predictions that ran when the server before this one stopped as failed."""
+        rows = self._database.execute("SELECT record FROM predictions WHERE ended IS NULL").fetchall()
+        for (record,) in rows:
+            prediction = Prediction(**json.loads(record))
+            prediction.status, prediction.error, prediction.completed_at = "failed", INTERRUPTED, now()
+            self._save(prediction, json.dumps(asdict(prediction)))
+
+
+def _open(store: str | None) -> sqlite3.Connection:
+    """Open the database. Raises SeekVLError."""
+    path = ":memory:" if store is None else store.removeprefix("sqlite:///")
+    try:
+        if store is not None:
+            Path(path).touch(mode=0o600)  # what people ask is nobody else's to read
+        database = sqlite3.connect(path, check_same_thread=False, timeout=1.0)
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.executescript(TABLES)
+        with database:  # takes the lock now rather than at the first prediction
+            database.execute("INSERT OR REPLACE INTO facts VALUES ('format', '1')")
+    except (OSError, sqlite3.Error) as error:
+        raise SeekVLError(f"the store {path} cannot be used: {error}; does another server use it?") from error
+    return database
+
+
+def _read_cursor(cursor: str | None) -> tuple[float, str]:
+    """Return what the predictions of a page come after."""
+    if cursor is None:
+        return float("inf"), ""
+    created, _, name = cursor.partition(":")
+    try:
+        return float(created), name
+    except ValueError as error:
+        raise ApiError(status=422, message=f"the cursor {cursor[:80]!r} is none", param="cursor") from error
