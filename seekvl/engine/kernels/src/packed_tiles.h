@@ -20,13 +20,15 @@ namespace {
 
 constexpr int64_t kAhead = 8192;  // bytes
 
-// Bring near what is read later than these bytes, every line of it: of the lines a processor reads ahead by itself too few
-// are on their way, as what is computed with each leaves it little room to look ahead. An address and no pointer: it may
-// lie behind the matrix, where a prefetch does nothing.
+// Bring near what is read later than these bytes, every line of it: a processor that reads ahead by itself has too few
+// lines on their way, as what is computed with each leaves it little room to look ahead. `busy` is for where so much is
+// computed that the second cache is near enough, and places for lines on their way to the first are worth more. An
+// address and no pointer: it may lie behind the matrix, where a prefetch does nothing.
+template <bool busy>
 inline void prefetch(const uint8_t* at, int64_t bytes) {
     const auto address = reinterpret_cast<uintptr_t>(at);
     UNROLL for (int64_t line = 0; line < bytes; line += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(address + kAhead + line));
+        __builtin_prefetch(reinterpret_cast<const void*>(address + kAhead + line), 0, busy ? 2 : 3);
 }
 
 template <class Machine>
@@ -40,7 +42,7 @@ struct Bytes {
 
     template <int B>
     static void add(const uint8_t* tile, const int8_t* const (&x)[B], int64_t i, typename Machine::Ints (&sum)[B]) {
-        prefetch(lines_of(tile, i), step * kTile);
+        prefetch<(B > 4)>(lines_of(tile, i), step * kTile);
         UNROLL for (int line = 0; line < step / 4; ++line) {
             const auto weights = Machine::bytes(lines_of(tile, i + 4 * line));
             UNROLL for (int b = 0; b < B; ++b)
@@ -71,7 +73,7 @@ struct Nibbles {
         typename Machine::Ints other[B];
         if (two_chains) UNROLL for (int b = 0; b < B; ++b) other[b] = Machine::all(0);
         const uint8_t* const lines = lines_of(tile, i);
-        prefetch(lines - 64, 5 * 64);  // scales, too
+        prefetch<(B > 1)>(lines - 64, 5 * 64);  // scales, too
         for (int line = 0; line < 4; ++line) {
             typename Machine::HalfLine low, high;
             Machine::nibbles(lines + 64 * line, low, high);
