@@ -112,8 +112,6 @@ class Description:
     """Rows of the embedding."""
     cache_shapes: tuple[tuple[int, int], tuple[int, int]]
     """(heads, width) of keys and of values, see `cache_shape` of the config."""
-    packed: bool
-    """Whether matrices of it are quantised."""
     _parts: tuple[_Part, ...]
     _kept: tuple[object, ...]
     """Memory that the addresses lead to and no parameter owns."""
@@ -153,7 +151,6 @@ def describe(network: Llama | DeepseekV2) -> Description | None:
         level=head.level,
         vocab=len(network.embed_tokens.weight),
         cache_shapes=config.cache_shape,
-        packed=bool(quantized),
         _parts=parts,
         _kept=(layers, divisors),
     )

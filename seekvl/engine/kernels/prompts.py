@@ -6,8 +6,8 @@ what is between runs in the same threads, where torch would start a dozen small 
 
 Numbers are those of `decoder`: float32 from the embeddings to the logits, rounded where they are stored in
 the cache, at the inputs of products where a level multiplies pairs of bfloat16, and at those of packed
-matrices; where pairs are multiplied, queries and attention's shares are rounded, too. A latent is expanded to keys and values of every head, as `models.mla`
-does with a prompt.
+matrices. Where pairs are multiplied, queries and attention's shares are rounded, too. A latent is expanded
+to keys and values of every head, as `models.mla` does with a prompt.
 
 A token's numbers depend on the level and on what it sees: not on the tokens beside it, on where its prompt
 is cut into pieces or on the number of threads, bit for bit. That holds down to pieces of a single token,

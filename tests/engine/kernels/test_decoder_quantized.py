@@ -228,12 +228,3 @@ def test_what_it_serves_no_longer(native: Library, change: Callable[[Network], N
     assert decode(network, [1], **at) is not None
     change(network)
     assert decode(network, [1], **at) is None
-
-
-def test_a_description_says_whether_it_is_packed(native: Library) -> None:
-    plain, packed = build(CONFIGS["llama"]), quantize(build(CONFIGS["llama"]), "int4", only="lm_head")
-    for network, wanted in ((plain, False), (packed, True)):
-        accelerate(network)
-        found = describe(network)
-        assert found is not None
-        assert found.packed is wanted

@@ -63,7 +63,7 @@ def partly(name: str, kind: Kind, parts: Sequence[str], *, dtype: torch.dtype = 
 
 
 def in_pieces(network: Network, x: Tensor) -> tuple[Tensor, bool]:
-    """Feed a prompt in pieces; return what it gives, and whether that and the cache are what it gives whole."""
+    """Return what a prompt gives whole, and whether pieces of it give the same and leave the same cache."""
     whole, cut = held_by(network), held_by(network)
     wanted, start, parts = hidden(network, x, whole), HELD[1], []
     for part in torch.split(x, PIECES):

@@ -18,21 +18,17 @@
 namespace seekvl {
 namespace {
 
-constexpr int64_t kPage = 4096;          // bytes
-constexpr int64_t kAhead = 2 * kPage;
+constexpr int64_t kAhead = 8192;  // bytes
 
-// Bring near what is read later than these bytes. One input leaves the processor idle enough to read ahead by itself,
-// and it is enough to touch every page once (machine.h says why); with more inputs it falls behind, and every line is
-// asked for. An address and no pointer: it may lie behind the matrix, where a prefetch does nothing.
-template <int inputs>
+// Bring near what is read later than these bytes, every line of it: a processor that reads ahead by itself has too few
+// lines on their way, as what is computed with each leaves it little room to look ahead. `busy` is for where so much is
+// computed that the second cache is near enough, and places for lines on their way to the first are worth more. An
+// address and no pointer: it may lie behind the matrix, where a prefetch does nothing.
+template <bool busy>
 inline void prefetch(const uint8_t* at, int64_t bytes) {
     const auto address = reinterpret_cast<uintptr_t>(at);
-    if (inputs > 1) {
-        UNROLL for (int64_t line = 0; line < bytes; line += 64)
-            __builtin_prefetch(reinterpret_cast<const void*>(address + kAhead + line));
-    } else if (address % kPage < static_cast<uint64_t>(bytes)) {
-        __builtin_prefetch(reinterpret_cast<const void*>(address + kAhead));
-    }
+    UNROLL for (int64_t line = 0; line < bytes; line += 64)
+        __builtin_prefetch(reinterpret_cast<const void*>(address + kAhead + line), 0, busy ? 2 : 3);
 }
 
 template <class Machine>
@@ -46,7 +42,7 @@ struct Bytes {
 
     template <int B>
     static void add(const uint8_t* tile, const int8_t* const (&x)[B], int64_t i, typename Machine::Ints (&sum)[B]) {
-        prefetch<B>(lines_of(tile, i), step * kTile);
+        prefetch<(B > 4)>(lines_of(tile, i), step * kTile);
         UNROLL for (int line = 0; line < step / 4; ++line) {
             const auto weights = Machine::bytes(lines_of(tile, i + 4 * line));
             UNROLL for (int b = 0; b < B; ++b)
@@ -73,11 +69,11 @@ struct Nibbles {
 
     template <int B>
     static void add(const uint8_t* tile, const int8_t* const (&x)[B], int64_t i, typename Machine::Ints (&sum)[B]) {
-        constexpr bool two_chains = B <= 4;  // hides the latency of a product where inputs are few
+        constexpr bool two_chains = B < 4;  // hides the latency of a product where inputs are few
         typename Machine::Ints other[B];
         if (two_chains) UNROLL for (int b = 0; b < B; ++b) other[b] = Machine::all(0);
         const uint8_t* const lines = lines_of(tile, i);
-        prefetch<B>(lines - 64, 5 * 64);  // scales, too
+        prefetch<(B > 1)>(lines - 64, 5 * 64);  // scales, too
         for (int line = 0; line < 4; ++line) {
             typename Machine::HalfLine low, high;
             Machine::nibbles(lines + 64 * line, low, high);
@@ -100,23 +96,23 @@ struct Nibbles {
 template <class Machine, class Format, int B>
 inline void block(const uint8_t* tile, const QuantizedRow* inputs, int64_t width, float (*y)[kTile]) {
     constexpr int64_t group = group_of(Format::kind);
+    const InputSlice* slice[B];
     typename Machine::Floats total[B];
-    UNROLL for (int b = 0; b < B; ++b) total[b] = Machine::all(0.0f);
-    for (int64_t begin = 0; begin < width; begin += group) {
-        const int64_t end = begin + group < width ? begin + group : width;
-        const int64_t slice = begin / kSlice, g = begin % kSlice / group;
-        const InputSlice* from[B];
+    UNROLL for (int b = 0; b < B; ++b) slice[b] = inputs[b].slices, total[b] = Machine::all(0.0f);
+    for (int64_t begin = 0; begin < width; begin += kSlice) {
+        const int64_t end = begin + kSlice < width ? begin + kSlice : width;
         const int8_t* x[B];
-        typename Machine::Ints sum[B];
-        UNROLL for (int b = 0; b < B; ++b) {
-            from[b] = inputs[b].slices + slice * inputs[b].stride;
-            x[b] = from[b]->values - slice * kSlice;
-            sum[b] = Machine::all(from[b]->groups[g].start);
+        UNROLL for (int b = 0; b < B; ++b) x[b] = slice[b]->values - begin;
+        for (int64_t first = begin, g = 0; first < end; first += group, ++g) {
+            const int64_t last = first + group < end ? first + group : end;
+            typename Machine::Ints sum[B];
+            UNROLL for (int b = 0; b < B; ++b) sum[b] = Machine::all(slice[b]->groups[g].start);
+            for (int64_t i = first; i < last; i += Format::step) Format::template add<B>(tile, x, i, sum);
+            const auto weight = Format::scale(tile, first);
+            UNROLL for (int b = 0; b < B; ++b)
+                total[b] = Machine::accumulate(total[b], sum[b], Machine::scaled(weight, slice[b]->groups[g].scale));
         }
-        for (int64_t i = begin; i < end; i += Format::step) Format::template add<B>(tile, x, i, sum);
-        const auto weight = Format::scale(tile, begin);
-        UNROLL for (int b = 0; b < B; ++b)
-            total[b] = Machine::accumulate(total[b], sum[b], Machine::scaled(weight, from[b]->groups[g].scale));
+        UNROLL for (int b = 0; b < B; ++b) slice[b] += inputs[b].stride;
     }
     const auto rows = Format::scale_of_rows(tile);
     UNROLL for (int b = 0; b < B; ++b) Machine::store(y[b], Machine::product(total[b], rows));
