@@ -28,8 +28,8 @@ WIDTH = 515
 """No multiple of any vector."""
 
 STEP_LIMIT = 1e-5
-"""Largest difference of logits of size 1, of a step and of a prompt, and of features; float32 in two orders of
-summation leaves a tenth of it.
+"""Largest difference of logits of size 1, of a step and of a prompt, and of features; float32 in two orders
+of summation leaves a tenth of it.
 """
 
 PROMPT = 150
