@@ -228,6 +228,7 @@ def start_seekvl(folder: Path, *, clock: Clock) -> Started:
     from seekvl.engine import engine as room
     from seekvl.engine.generate import generate
     from seekvl.engine.kernels.accelerate import accelerate
+    from seekvl.engine.kernels.towers import TOWERS
     from seekvl.engine.request import Request, SamplingParams
     from seekvl.processing.encode import ModelInput, TokenBill
     from seekvl.weights.load import load_checkpoint
@@ -235,6 +236,7 @@ def start_seekvl(folder: Path, *, clock: Clock) -> Started:
     began = clock()
     checkpoint = load_checkpoint(folder, device="cpu", dtype="bfloat16")
     accelerate(checkpoint.model.language)
+    accelerate(checkpoint.model.vision, kernels=TOWERS)
     load = clock() - began
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
     image_id, slots, side = tokenizer.image_id, model.config.visual_tokens, model.config.image_size

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from seekvl.engine.engine import Engine
 from seekvl.engine.kernels.accelerate import accelerate
+from seekvl.engine.kernels.towers import TOWERS
 from seekvl.engine.request import Completion, Request, SamplingParams
 from seekvl.evals.machine import Neighbours, wait_until_quiet
 from seekvl.evals.random_weights import TOKENIZERS
@@ -42,6 +43,7 @@ def main() -> None:
     model = on_meta(config).to(torch.bfloat16)
     fill(model)
     accelerate(model.language)
+    accelerate(model.vision, kernels=TOWERS)
     engine = Engine(model, Tokenizer.from_file(TOKENIZERS[False]))
     ask(engine, question(model, engine.tokenizer, number=0), tokens=2)  # shapes are seen for the first time
     neighbours = Neighbours()

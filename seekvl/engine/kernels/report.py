@@ -30,7 +30,7 @@ WIDTH = 515
 
 STEP_LIMIT = 1e-5
 """Largest difference of logits of size 1, of a step and of a prompt, and of features; float32 in two orders
-of summation leaves a tenth of it.
+of summation leaves a quarter of it.
 """
 
 INPUT_LIMIT = 0.05
