@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import seekvl
-from seekvl.serve import chat, health, models
+from seekvl.serve import chat, health, models, page, pdf
 from seekvl.serve.desk import Desk
 from seekvl.serve.errors import TITLES, ApiError, body, dialect_of, headers_of
 from seekvl.serve.guard import Guard
@@ -38,7 +38,7 @@ def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_mod
         lifespan=lifespan,
     )
     app.state.desk = Desk(settings=settings, service=service, pictures=pictures, metrics=metrics)
-    for room in (health, models, chat):
+    for room in (health, models, chat, page, pdf):
         app.include_router(room.router)
     for kind, handler in (
         (ApiError, on_api_error),
