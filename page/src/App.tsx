@@ -82,8 +82,8 @@ function Conversation() {
   const stuck = useRef(true);
   useEffect(() => {
     const element = main.current;
-    if (element && stuck.current) element.scrollTop = element.scrollHeight;
-  }, [chat]);
+    if (element && stuck.current) element.scrollTop = turns.length > 0 ? element.scrollHeight : 0;
+  }, [chat, turns.length]);
   useEffect(() => {
     stuck.current = true;
   }, [chat.id]);
@@ -162,13 +162,13 @@ function useDrop(): boolean {
       setDropping(false);
       if (!brings(event)) return;
       event.preventDefault();
-      void addFiles([...(event.dataTransfer?.files ?? [])], changeDraft, (line) => set({ notice: line }));
+      void addFiles([...(event.dataTransfer?.files ?? [])], changeDraft);
     };
     const paste = (event: ClipboardEvent) => {
       const files = [...(event.clipboardData?.files ?? [])];
       if (files.length === 0 || event.defaultPrevented) return;
       event.preventDefault();
-      void addFiles(files, changeDraft, (line) => set({ notice: line }));
+      void addFiles(files, changeDraft);
     };
     addEventListener("dragover", over);
     addEventListener("dragleave", leave);

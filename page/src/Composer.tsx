@@ -39,7 +39,7 @@ export function Composer({ draft, change, onSubmit, onCancel, running }: Props) 
   const say = useSay();
   const lang = useStore((now) => now.lang);
   const model = useStore((now) => now.model);
-  const [progress, setProgress] = useState<string | null>(null);
+  const progress = useStore((now) => now.progress);
   const field = useRef<HTMLTextAreaElement>(null);
   const files = useRef<HTMLInputElement>(null);
   const [source, setSource] = useState<"url" | "camera" | null>(null);
@@ -56,7 +56,7 @@ export function Composer({ draft, change, onSubmit, onCancel, running }: Props) 
   const send = () => {
     if (ready) onSubmit(draft);
   };
-  const take = (list: Iterable<File>) => void addFiles([...list], change, setProgress);
+  const take = (list: Iterable<File>) => void addFiles([...list], change);
 
   return (
     <form
@@ -73,7 +73,7 @@ export function Composer({ draft, change, onSubmit, onCancel, running }: Props) 
         }
       }}
     >
-      <Strip draft={draft} change={change} setProgress={setProgress} />
+      <Strip draft={draft} change={change} />
       {progress && (
         <p className="progress" role="status">
           {progress}
@@ -157,17 +157,17 @@ export function Composer({ draft, change, onSubmit, onCancel, running }: Props) 
 }
 
 /** Opens files one after the other and hangs them to a draft; says which could not be. */
-export async function addFiles(files: File[], change: Change, setProgress: (line: string | null) => void) {
+export async function addFiles(files: File[], change: Change): Promise<void> {
   for (const file of files) {
     try {
-      if (isPdf(file)) await addPdf(file, change, setProgress);
+      if (isPdf(file)) await addPdf(file, change);
       else await hang(await open(file, file.name), change);
     } catch (error) {
       const word = file.type.startsWith("image/") ? "notPicture" : "notFile";
       const message = error instanceof Failure ? `${file.name}: ${error.message}` : sayNow(word, { name: file.name });
       set({ notice: message });
     } finally {
-      setProgress(null);
+      set({ progress: null });
     }
   }
 }
@@ -177,12 +177,12 @@ async function hang(picture: Picture, change: Change): Promise<void> {
   change((draft) => ({ ...draft, pictures: [...draft.pictures, picture.id] }));
 }
 
-async function addPdf(file: File, change: Change, setProgress: (line: string | null) => void) {
-  setProgress(sayNow("drawing", { page: 1, pages: "…", name: file.name }));
+async function addPdf(file: File, change: Change): Promise<void> {
+  set({ progress: sayNow("drawing", { page: 1, pages: "…", name: file.name }) });
   let [drawn, all] = [0, 0];
   for await (const { picture, page, pages } of pagesOf(file, file.name, new AbortController().signal)) {
     [drawn, all] = [page, pages];
-    setProgress(sayNow("drawing", { page, pages, name: file.name }));
+    set({ progress: sayNow("drawing", { page, pages, name: file.name }) });
     await hang(picture, change);
   }
   change((draft) => ({ ...draft, pageByPage: draft.pictures.length > 1 }));
@@ -192,11 +192,10 @@ async function addPdf(file: File, change: Change, setProgress: (line: string | n
 interface StripProps {
   draft: Draft;
   change: Change;
-  setProgress: (line: string | null) => void;
 }
 
 /** The pictures of a draft, in order; they move by dragging, by their buttons, or with Alt and arrows. */
-function Strip({ draft, change, setProgress }: StripProps) {
+function Strip({ draft, change }: StripProps) {
   const say = useSay();
   const known = useStore((now) => now.pictures);
   const dragged = useRef<number | null>(null);
@@ -213,7 +212,7 @@ function Strip({ draft, change, setProgress }: StripProps) {
   const remove = (at: number) =>
     change((old) => ({ ...old, pictures: old.pictures.filter((_, index) => index !== at) }));
   const split = async (at: number, picture: Picture) => {
-    setProgress(say("drawing", { page: 1, pages: "…", name: picture.name }));
+    set({ progress: say("drawing", { page: 1, pages: "…", name: picture.name }) });
     try {
       const pages = await cut(picture);
       for (const page of pages) await keepPicture(page);
@@ -222,7 +221,7 @@ function Strip({ draft, change, setProgress }: StripProps) {
     } catch (error) {
       set({ notice: error instanceof PictureError ? say("notPicture", { name: picture.name }) : String(error) });
     } finally {
-      setProgress(null);
+      set({ progress: null });
     }
   };
 
@@ -384,7 +383,7 @@ function Camera({ done, change }: { done: () => void; change: Change }) {
             capture="environment"
             aria-label={say("camera")}
             onChange={(event) => {
-              void addFiles([...(event.target.files ?? [])], change, () => undefined).then(done);
+              void addFiles([...(event.target.files ?? [])], change).then(done);
             }}
           />
         </>

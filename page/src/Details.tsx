@@ -1,6 +1,6 @@
 /** What stands behind an answer: the bill of tokens, the request as code, request and reply as they were. */
 
-import { useState } from "react";
+import { useEffect, useRef, useState } from "react";
 import type { Reply } from "./chat";
 import { code, raw, type Language } from "./code";
 import { IconButton } from "./Icon";
@@ -15,8 +15,12 @@ export function Details({ reply }: { reply: Reply }) {
   const say = useSay();
   const [tab, setTab] = useState<Tab>("bill");
   const pictures = useStore((now) => now.pictures);
+  const element = useRef<HTMLDivElement>(null);
+  useEffect(() => {
+    void element.current?.scrollIntoView({ block: "nearest" }); // a promise in newer browsers
+  }, [tab]);
   return (
-    <div className="details">
+    <div ref={element} className="details">
       <div className="tabs" role="tablist" aria-label={say("details")}>
         {TABS.map((name) => (
           <button key={name} type="button" role="tab" aria-selected={tab === name} className="tab" onClick={() => setTab(name)}>

@@ -150,7 +150,7 @@ function Tiles({ picture, seen, unit }: Overlay) {
       {tiles.map((tile, index) => (
         <g key={index}>
           <rect {...tile} width={side} height={side} vectorEffect="non-scaling-stroke" />
-          <text x={tile.x + 6 * unit} y={tile.y + side - 7 * unit} fontSize={11 * unit} strokeWidth={3 * unit}>
+          <text x={tile.x + 6 * unit} y={tile.y + side - 7 * unit} fontSize={12 * unit} strokeWidth={2.5 * unit}>
             {index + 1} · {say("tokens", { n: seen.tile_tokens })}
           </text>
         </g>

@@ -127,11 +127,13 @@ function ReplyView({ reply, turn, index, chat, children }: ReplyProps) {
       {reply.state === "stopped" && <p className="muted small">{say("stopped")}</p>}
       {reply.finish === "length" && <p className="muted small">{say("cutShort")}</p>}
       {reply.problem && <Trouble problem={reply.problem} onRetry={() => void retry(chat.id, turn, index)} />}
-      {reply.notices.map((line) => (
-        <p key={line} className="note">
-          {line}
-        </p>
-      ))}
+      {reply.notices.length > 0 && (
+        <ul className="note">
+          {reply.notices.map((line) => (
+            <li key={line}>{told(line, say)}</li>
+          ))}
+        </ul>
+      )}
       {over && (
         <div className="bar">
           {children}
@@ -146,6 +148,14 @@ function ReplyView({ reply, turn, index, chat, children }: ReplyProps) {
       {open && <Details reply={reply} />}
     </article>
   );
+}
+
+const SCALED = /^picture (\d+) of (\d+)x(\d+) px was scaled down to (\d+)x(\d+) px$/;
+
+/** A notice of the server in the words of the page, where the page knows it. */
+function told(line: string, say: Say): string {
+  const [, n = "", w = "", h = "", sw = "", sh = ""] = SCALED.exec(line) ?? [];
+  return n ? say("scaledDown", { n, w, h, sw, sh }) : line;
 }
 
 /** The one line below an answer. */
@@ -283,7 +293,9 @@ function Trouble({ problem, onRetry }: { problem: Problem; onRetry: () => void }
   return (
     <div className="trouble" role="alert">
       <p>{problem.message}</p>
-      <p>{say(remedy(problem))}</p>
+      <p>
+        {say(remedy(problem))} {problem.retryAfter !== null && say("after", { n: problem.retryAfter })}
+      </p>
       <div className="bar">
         <button type="button" className="solid" onClick={onRetry}>
           {say("retry")}

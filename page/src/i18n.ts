@@ -113,6 +113,8 @@ const en = {
   sawText: "{w}×{h} px, seen at {sw}×{sh} px as {c}×{r} tiles of {t} px; {n} tokens, {each} a tile",
   sawOne: "{w}×{h} px, seen at {sw}×{sh} px in one view of {t} px; {n} tokens",
   sawWhole: "A view of the whole comes first.",
+  scaledDown: "Picture {n} of {w}×{h} px was scaled down to {sw}×{sh} px.",
+  after: "The server says: after {n} s.",
   alternatives: "instead: {list}",
   near: "{n} of {of} tokens of the context are used; a long answer may be cut. A new chat starts afresh.",
   pTemperature: "Temperature",
@@ -171,6 +173,7 @@ const en = {
   takePicture: "Take it",
   noCamera: "No camera can be used here.",
   answerCode: "Code of this request",
+  broken: "The page broke. What you had is kept.",
 };
 
 const zh: typeof en = {
@@ -284,6 +287,8 @@ const zh: typeof en = {
   sawText: "{w}×{h} 像素，缩放为 {sw}×{sh} 像素，{c}×{r} 个 {t} 像素的图块；共 {n} 词元，每块 {each}",
   sawOne: "{w}×{h} 像素，缩放为 {sw}×{sh} 像素，一个 {t} 像素的视图；共 {n} 词元",
   sawWhole: "最前面是整图视图。",
+  scaledDown: "图片 {n}（{w}×{h} 像素）已缩小为 {sw}×{sh} 像素。",
+  after: "服务器建议 {n} 秒后重试。",
   alternatives: "备选：{list}",
   near: "上下文已用 {n} / {of} 词元，较长的回答可能被截断。可以新建对话。",
   pTemperature: "温度",
@@ -342,6 +347,7 @@ const zh: typeof en = {
   takePicture: "拍摄",
   noCamera: "此处无法使用相机。",
   answerCode: "此请求的代码",
+  broken: "页面出错，您的内容已保存。",
 };
 
 export const words = { en, zh };

@@ -68,6 +68,8 @@ export interface State {
   running: Record<string, AbortController>;
   /** A line for all to read, such as a file that is no picture. */
   notice: string | null;
+  /** What is being opened. */
+  progress: string | null;
 }
 
 const kept = {
@@ -101,6 +103,7 @@ let state: State = {
   sidebar: matchMedia("(min-width: 900px)").matches,
   running: {},
   notice: null,
+  progress: null,
 };
 
 const listeners = new Set<() => void>();

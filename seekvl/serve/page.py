@@ -12,7 +12,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, StrictStr
 
 from seekvl.serve.desk import desk_of
@@ -94,7 +93,7 @@ class Address(BaseModel):
 
 @router.post("/v1/page/picture", tags=["Page"])
 async def picture(request: Request, asked: Address) -> Response:
-    """Fetch a picture for the page, under the rules of the server, for a browser may not ask third parties."""
+    """Fetch a picture for the page, which asks no third party itself, under the rules of the server."""
     data = await desk_of(request).pictures.original(asked.url, param="url")
     kind = f"image/{(picture_format(data) or 'png').lower()}"
     return Response(data, media_type=kind, headers={"Cache-Control": "no-store"})
@@ -128,12 +127,7 @@ def _weighed(part: str) -> tuple[str, float]:
 
 def routes(app: FastAPI) -> list[str]:
     """List what can be asked, as `GET /health`."""
-    return [
-        f"{method} {route.path}"
-        for route in app.routes
-        if isinstance(route, APIRoute) and route.include_in_schema
-        for method in sorted(route.methods)
-    ]
+    return [f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods]
 
 
 def _answer(request: Request, file: Static) -> Response:

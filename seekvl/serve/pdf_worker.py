@@ -1,4 +1,4 @@
-"""Draws the pages of a PDF: a process of its own, because PDFium is one big parser of strangers' files.
+r"""Draws the pages of a PDF: a process of its own, because PDFium is one big parser of strangers' files.
 
 It is run as a script, reads the PDF from its input, and writes for each page a line of JSON and then so many
 bytes of PNG. It imports nothing of this package, so that it starts at once.

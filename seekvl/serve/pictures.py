@@ -80,7 +80,7 @@ class PictureDesk:
         return picture
 
     async def original(self, url: str, *, param: str) -> bytes:
-        """Return the bytes of the picture at an address, which were checked as `open` does. Raises ApiError."""
+        """Return the bytes of the picture at an address, checked as `open` does. Raises ApiError."""
         data = await self._read(url, param=param)
         await self.decode(data, param=param)
         return data
