@@ -74,7 +74,7 @@ function Bill({ reply }: { reply: Reply }) {
   );
 }
 
-export const seconds = (value: number) => value.toPrecision(value < 1 ? 2 : 3);
+export const seconds = (value: number) => (value === 0 ? "0" : value.toPrecision(value < 1 ? 2 : 3));
 
 /** Tokens a second, from the server's own clock. */
 export function rate(reply: Reply): number | null {

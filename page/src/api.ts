@@ -58,11 +58,12 @@ function fromBody(status: number, text: string): Problem {
   }
 }
 
-/** Whether the server would answer: "ready", or what it is busy with. */
+/** Whether the server would answer: "ready", or what it is busy with. `/ready` would be an error in the console. */
 export async function phase(): Promise<string> {
   try {
-    const body: unknown = await (await fetch("/ready")).json();
-    return (body as { status: string }).status;
+    const body: unknown = await (await fetch("/health-check")).json();
+    const { status } = body as { status: string };
+    return status === "BUSY" ? "ready" : status.toLowerCase();
   } catch {
     return "away";
   }

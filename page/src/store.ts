@@ -285,6 +285,16 @@ export async function exported(ids: string[]): Promise<Blob> {
   return new Blob([JSON.stringify({ format: FORMAT, chats, pictures })], { type: "application/json" });
 }
 
+/** Whether something of a file may be taken as a chat: what the history shows before any is opened. */
+function sound(chat: Partial<Chat>): boolean {
+  const { id, title, updated, turns, chosen } = chat;
+  const named = typeof id === "string" && typeof title === "string" && Number.isFinite(updated);
+  const turned = Object.values(turns ?? {}).every(
+    (turn) => Array.isArray(turn.role === "user" ? turn.pictures : turn.replies) && typeof turn.id === "string",
+  );
+  return named && turned && typeof turns === "object" && typeof chosen === "object";
+}
+
 async function described({ id, name, width, height, blob }: Picture) {
   return { id, name, width, height, data: await dataUrl(blob) };
 }
@@ -296,7 +306,7 @@ export async function imported(file: Blob): Promise<number> {
     chats?: Chat[];
     pictures?: { id: string; name: string; width: number; height: number; data: string }[];
   };
-  if (read.format !== FORMAT || !Array.isArray(read.chats) || !Array.isArray(read.pictures)) {
+  if (read.format !== FORMAT || !Array.isArray(read.pictures) || !read.chats?.every(sound)) {
     throw new Error(FORMAT);
   }
   for (const { data, ...picture } of read.pictures) {

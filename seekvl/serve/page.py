@@ -127,7 +127,9 @@ def _weighed(part: str) -> tuple[str, float]:
 
 def routes(app: FastAPI) -> list[str]:
     """List what can be asked, as `GET /health`."""
-    return [f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods]
+    return [
+        f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods
+    ]
 
 
 def _answer(request: Request, file: Static) -> Response:

@@ -93,6 +93,7 @@ def test_the_page_opens_without_a_key_and_asks_for_it(start: Start) -> None:
     guarded = start(api_keys=("secret",))
     assert guarded.ask("GET", "/", headers=HTML).status_code == 200
     assert guarded.ask("GET", "/page/page.js").status_code == 200
+    assert guarded.ask("GET", "/", headers={"Accept": "application/json, text/html;q=0.5"}).status_code == 401
     for route in ("/v1/page/picture", "/v1/page/pdf"):
         assert guarded.ask("POST", route, json={}).status_code == 401
 
@@ -143,7 +144,10 @@ def browser() -> Iterator["Browser"]:
     with sync.sync_playwright() as playwright:
         started = playwright.chromium.launch(
             executable_path=str(CHROMIUM),
-            args=["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+            args=[
+                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+                *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),  # a camera
+            ],
         )
         yield started
         started.close()
@@ -357,6 +361,47 @@ def test_dropped_and_pasted_files_are_taken(opened: Opened) -> None:
     assert "drop.png is no picture" in page.get_by_role("alert").inner_text()
 
 
+def test_a_picture_comes_from_the_camera(opened: Opened) -> None:
+    page = opened.page
+    page.get_by_role("button", name="Take a picture").click()
+    page.get_by_role("button", name="Take it").wait_for()
+    for _ in range(20):  # until the camera has given its first frame
+        page.get_by_role("button", name="Take it").click()
+        if page.locator("video").count() == 0:
+            break
+        page.wait_for_timeout(200)
+    page.locator(".foot .strip li").wait_for()
+    assert "camera" in (page.locator(".foot .strip li").get_attribute("aria-label") or "")
+
+
+def test_a_picture_comes_from_an_address(browser: "Browser", start: Start) -> None:
+    opened = Opened(browser, start(file_root=EXAMPLES).url).ready()
+    page = opened.page
+    page.get_by_role("button", name="Picture from a web address").click()
+    page.get_by_label("Address of a picture").fill("http://127.0.0.1:9/x.png")
+    page.get_by_role("button", name="Add", exact=True).click()
+    assert "not one that may be fetched" in page.locator(".wrong").inner_text()
+    page.get_by_label("Address of a picture").fill((EXAMPLES / "sign.png").as_uri())
+    page.get_by_label("Address of a picture").press("Enter")
+    page.locator(".foot .strip li").wait_for()
+    opened.ask("What does the sign say?")
+    assert opened.word() == "WALL"
+    opened.context.close()
+
+
+def test_a_long_scan_is_cut_into_pages(opened: Opened, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 1000), "white").save(tmp_path / "scan.png")
+    opened.page.get_by_test_id("files").set_input_files(tmp_path / "scan.png")
+    opened.page.get_by_role("button", name="Cut into pages").click()
+    opened.page.locator(".foot .strip li").nth(2).wait_for()
+    sizes = opened.page.locator(".foot .strip img").evaluate_all(
+        "nodes => nodes.map(node => [node.naturalWidth, node.naturalHeight])"
+    )
+    assert [width for width, _ in sizes] == [300] * len(sizes)
+    assert 1000 < sum(height for _, height in sizes) < 1300  # all of it, and a little twice
+    assert opened.page.get_by_label("Answer each picture on its own").is_checked()
+
+
 def test_a_region_is_asked_about_as_the_paper_does(opened: Opened) -> None:
     page = opened.page
     opened.write("", "shapes.png")
@@ -382,8 +427,8 @@ def test_a_pdf_is_answered_page_by_page(opened: Opened, tmp_path: Path) -> None:
     pages[0].save(tmp_path / "two.pdf", save_all=True, append_images=pages[1:])
     opened.page.get_by_test_id("files").set_input_files(tmp_path / "two.pdf")
     opened.page.locator(".foot .strip li").nth(1).wait_for()
-    assert opened.page.get_by_label("Answer each picture on its own").is_checked()
     opened.page.locator(".foot .progress").wait_for(state="detached")
+    assert opened.page.get_by_label("Answer each picture on its own").is_checked()
     opened.page.locator("#question").fill("What does the sign say?")
     opened.page.locator("#question").press("Enter")
     opened.answered(count=2)
