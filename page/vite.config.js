@@ -1,4 +1,4 @@
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import react from "@vitejs/plugin-react";
 import { defineConfig } from "vite";
 
@@ -13,9 +13,30 @@ const examples = () => ({
   },
 });
 
+/** Writes down the licences of all packages that the built script holds. */
+const licences = () => ({
+  name: "licences",
+  generateBundle(_, bundle) {
+    const packages = new Set();
+    for (const chunk of Object.values(bundle)) {
+      for (const id of Object.keys(chunk.modules ?? {})) {
+        const found = /^\0?(.*\/node_modules\/(?:@[^/]+\/)?[^/]+)\//.exec(id);
+        if (found) packages.add(found[1]);
+      }
+    }
+    const texts = [...packages].sort().map((folder) => {
+      const { name, version, license } = JSON.parse(readFileSync(`${folder}/package.json`, "utf8"));
+      const file = readdirSync(folder).find((each) => /^licen[cs]e/i.test(each));
+      const text = file ? readFileSync(`${folder}/${file}`, "utf8").trim() : license;
+      return `${name} ${version}, ${license}\n\n${text}\n`;
+    });
+    this.emitFile({ type: "asset", fileName: "licences.txt", source: texts.join(`\n${"-".repeat(80)}\n\n`) });
+  },
+});
+
 export default defineConfig({
   base: "/page/",
-  plugins: [react(), examples()],
+  plugins: [react(), examples(), licences()],
   build: {
     outDir: "../seekvl/serve/page",
     emptyOutDir: true,

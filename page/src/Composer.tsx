@@ -344,6 +344,7 @@ function Camera({ done, change }: { done: () => void; change: Change }) {
   const say = useSay();
   const video = useRef<HTMLVideoElement>(null);
   const [failed, setFailed] = useState(false);
+  const [live, setLive] = useState(false);
   useEffect(() => {
     let stream: MediaStream | null = null;
     let over = false;
@@ -389,8 +390,8 @@ function Camera({ done, change }: { done: () => void; change: Change }) {
         </>
       ) : (
         <>
-          <video ref={video} autoPlay playsInline muted aria-label={say("camera")} />
-          <button type="button" className="solid" onClick={() => void take()}>
+          <video ref={video} autoPlay playsInline muted aria-label={say("camera")} onLoadedData={() => setLive(true)} />
+          <button type="button" className="solid" disabled={!live} onClick={() => void take()}>
             {say("takePicture")}
           </button>
         </>
