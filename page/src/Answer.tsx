@@ -28,7 +28,7 @@ const safe = (url: string) => (url.startsWith(PLACE) || /^(?:https?:|mailto:)/i.
 export const Answer = memo(function Answer({ reply, lit, onLight }: Props) {
   const say = useSay();
   const inks = colours(reply.boxes);
-  const source = stretches(reply.text, reply.boxes)
+  const source = stretches(reply.text, reply.boxes, reply.state === "streaming")
     .map((part) => (part.boxes?.length ? asLink(part.text, part.boxes, say("noLabel")) : part.text))
     .join("");
   const components: Components = {

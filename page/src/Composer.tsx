@@ -180,7 +180,7 @@ async function hang(picture: Picture, change: Change): Promise<void> {
 async function addPdf(file: File, change: Change): Promise<void> {
   set({ progress: sayNow("drawing", { page: 1, pages: "…", name: file.name }) });
   let [drawn, all] = [0, 0];
-  for await (const { picture, page, pages } of pagesOf(file, file.name, new AbortController().signal)) {
+  for await (const { picture, page, pages } of pagesOf(file, file.name)) {
     [drawn, all] = [page, pages];
     set({ progress: sayNow("drawing", { page, pages, name: file.name }) });
     await hang(picture, change);

@@ -16,7 +16,7 @@ const EXAMPLES: Example[] = [
   { pictures: ["chart.png"], mode: "ask", text: "Which bar is tallest?" },
   { pictures: ["sign.png"], mode: "read", text: "What does the sign say?" },
   { pictures: ["sign.png"], mode: "locate", text: "the sign" },
-  { pictures: ["shapes.png"], mode: "locate", text: "the green ring" },
+  { pictures: ["shapes.png"], mode: "locate", text: "the red ring" },
   { pictures: ["shapes.png"], mode: "describe", text: "Describe the picture." },
   { pictures: ["shapes.png", "sign.png"], mode: "compare", text: "What does the sign in the second picture say?" },
 ];

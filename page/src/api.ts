@@ -87,8 +87,8 @@ export interface PdfPage {
 }
 
 /** The pages of a PDF, as they are drawn. */
-export async function* pdfPages(pdf: string, signal: AbortSignal): AsyncGenerator<PdfPage> {
-  const answer = await ask("/v1/page/pdf", { method: "POST", body: JSON.stringify({ pdf }), signal });
+export async function* pdfPages(pdf: string): AsyncGenerator<PdfPage> {
+  const answer = await ask("/v1/page/pdf", { method: "POST", body: JSON.stringify({ pdf }) });
   for await (const data of events(answer)) yield checked<PdfPage>(data);
 }
 

@@ -22,9 +22,11 @@ export interface Box {
 export const TOP = 999;
 
 const TAGGED = /(?:<\|ref\|>([^]*?)<\|\/ref\|>\s*)?<\|det\|>([^]*?)<\|\/det\|>/g;
+/** The same, also with a list that does not end. */
+const BEGUN = /(?:<\|ref\|>([^]*?)<\|\/ref\|>\s*)?<\|det\|>[^]*?(?:<\|\/det\|>|$)/g;
 const INNERMOST = /\[([^[\]]*)\]/g;
 const NUMBER = /^\s*([+-]?[0-9]{1,9}(?:\.[0-9]*)?)\s*$/;
-/** What is not shown: coordinates, whole or just begun, and marks. */
+/** The beginning of a mark at the end of an answer that still grows. */
 const UNFINISHED = /<(?:\|(?:\/?(?:r(?:e(?:f\|?)?)?|d(?:e(?:t\|?)?)?|g[a-z]*\|?)?)?)?$/;
 
 /** A stretch of an answer: words, or a label with its boxes. */
@@ -55,7 +57,7 @@ export function parse(text: string, picture: number): Box[] {
     const span: [number, number] = [found.index, found.index + found[0].length];
     for (const [, inner = ""] of (found[2] ?? "").matchAll(INNERMOST)) {
       const read = corners(inner);
-      if (read) boxes.push({ label: found[1] ?? "", picture, corners: read, span });
+      if (read) boxes.push({ label: unmarked(found[1] ?? ""), picture, corners: read, span });
     }
   }
   return boxes;
@@ -86,30 +88,25 @@ export interface ServerBox {
   end?: number;
 }
 
-/** Cuts an answer into words and labels; marks and coordinates are gone, also those that have just begun. */
-export function stretches(text: string, boxes: Box[]): Stretch[] {
+/** Cuts an answer into words and labels, without marks and coordinates; one that grows may end inside of a mark. */
+export function stretches(text: string, boxes: Box[], growing = false): Stretch[] {
   const found: Stretch[] = [];
   let at = 0;
   const plain = (end: number) => {
     if (end > at) found.push({ text: unmarked(text.slice(at, end)), start: at, end, boxes: null });
   };
-  for (const span of text.matchAll(TAGGED)) {
+  for (const span of text.matchAll(BEGUN)) {
     const [start, end] = [span.index, span.index + span[0].length];
     plain(start);
     const own = boxes.flatMap((box, index) => (box.span && box.span[0] === start ? [index] : []));
-    found.push({ text: span[1] ?? "", start, end, boxes: own });
+    found.push({ text: unmarked(span[1] ?? ""), start, end, boxes: own });
     at = end;
   }
-  plain(text.length);
+  plain(text.length - (growing ? (UNFINISHED.exec(text)?.[0].length ?? 0) : 0));
   return found.filter((stretch) => stretch.text !== "" || stretch.boxes !== null);
 }
 
-function unmarked(text: string): string {
-  return text
-    .replace(/<\|det\|>[^]*$/, "")
-    .replace(/<\|\/?(?:ref|det|grounding)\|>/g, "")
-    .replace(UNFINISHED, "");
-}
+const unmarked = (text: string) => text.replace(/<\|\/?(?:ref|det|grounding)\|>/g, "");
 
 /** The answer as one would read it aloud. */
 export function readable(text: string): string {

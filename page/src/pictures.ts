@@ -110,9 +110,8 @@ export async function cut(picture: Picture): Promise<Picture[]> {
 export async function* pagesOf(
   file: Blob,
   name: string,
-  signal: AbortSignal,
 ): AsyncGenerator<{ picture: Picture; page: number; pages: number }> {
-  for await (const { page, pages, picture } of pdfPages(await dataUrl(file, "application/pdf"), signal)) {
+  for await (const { page, pages, picture } of pdfPages(await dataUrl(file, "application/pdf"))) {
     yield { picture: await open(fromDataUrl(picture), `${stem(name)}-${page}.png`), page, pages };
   }
 }

@@ -1,12 +1,13 @@
 """`GET /`: the page for browsers, a list of routes for everyone else; and what the page alone asks for.
 
 The page is built from `page/` at the root of the repository (`make page`); what is built lies in the folder
-beside this file, is read once when the server starts, and asks nobody but this server for anything.
+beside this file, is read once, and asks nobody but this server for anything.
 """
 
 import hashlib
-import mimetypes
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,15 @@ router = APIRouter()
 
 FOLDER = Path(__file__).parent / "page"
 """The built page: index.html, scripts and styles, example pictures."""
+KINDS = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain",
+}
+"""Media types by suffix; those of the system differ, and a script of the wrong type is not run."""
 POLICY = "; ".join(
     (
         "default-src 'self'",  # no inline script or style, nothing of third parties
@@ -58,7 +68,7 @@ def read_page(folder: Path = FOLDER) -> dict[str, Static]:
     return {
         path.relative_to(folder).as_posix(): Static(
             content=(content := path.read_bytes()),
-            kind=mimetypes.guess_type(path.name)[0] or "application/octet-stream",
+            kind=KINDS.get(path.suffix, "application/octet-stream"),
             tag=f'"{hashlib.sha256(content).hexdigest()[:16]}"',
         )
         for path in sorted(folder.rglob("*"))
@@ -66,23 +76,27 @@ def read_page(folder: Path = FOLDER) -> dict[str, Static]:
     }
 
 
-FILES = read_page()
+@cache
+def page_files() -> Mapping[str, Static]:
+    """Return the files of the built page, read once."""
+    return read_page()
 
 
 @router.get("/", include_in_schema=False)
 async def front(request: Request) -> Response:
     """Give a browser the page, and every other caller the routes there are."""
     if wants_page(request.headers.get("accept", "")):
-        return _answer(request, FILES["index.html"])
+        return _answer(request, page_files()["index.html"])
     return JSONResponse({"routes": routes(request.app)}, headers={"Vary": "Accept"})
 
 
 @router.get("/page/{path:path}", include_in_schema=False)
 async def static(request: Request, path: str) -> Response:
     """Return a file of the page."""
-    if path not in FILES:
+    file = page_files().get(path)
+    if file is None:
         raise ApiError(status=404, message="the page has no such file")
-    return _answer(request, FILES[path])
+    return _answer(request, file)
 
 
 class Address(BaseModel):

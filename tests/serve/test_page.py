@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from seekvl.serve.page import FILES, FOLDER, POLICY, read_page
+from seekvl.serve.page import FOLDER, POLICY, page_files, read_page
 from tests.serve.conftest import Running, Start
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ WAIT = 20_000
 def test_browsers_get_the_page_and_others_the_routes(server: Running) -> None:
     page = server.ask("GET", "/", headers=HTML)
     assert page.headers["content-type"].startswith("text/html")
-    assert page.content == FILES["index.html"].content
+    assert page.content == page_files()["index.html"].content
     listed = server.ask("GET", "/", headers={"Accept": "*/*"})
     assert "POST /v1/chat/completions" in listed.json()["routes"]
     assert "accept" in listed.headers["vary"].lower()
 
 
 def test_every_file_of_the_page_has_a_strict_policy(server: Running) -> None:
-    for path, file in FILES.items():
+    for path, file in page_files().items():
         found = server.ask("GET", f"/page/{path}")
         assert found.content == file.content
         assert found.headers["content-security-policy"] == POLICY
@@ -54,13 +54,13 @@ def test_every_file_of_the_page_has_a_strict_policy(server: Running) -> None:
 
 
 def test_the_page_holds_no_inline_script_or_style_and_names_no_other_host() -> None:
-    index = FILES["index.html"].content.decode()
+    index = page_files()["index.html"].content.decode()
     assert re.search(r"<script(?![^>]*\bsrc=)", index) is None
     assert "<style" not in index
     assert re.search(r"\bon\w+=", index) is None
     for source in re.findall(r'(?:src|href)="([^"]*)"', index):
         assert source.startswith("/page/")
-        assert source.removeprefix("/page/") in FILES
+        assert source.removeprefix("/page/") in page_files()
 
 
 def test_a_copy_that_is_still_good_is_not_sent_again(server: Running) -> None:
@@ -78,7 +78,7 @@ def test_nothing_beside_the_page_is_served(server: Running, path: str) -> None:
 
 def test_the_examples_are_those_of_the_repository() -> None:
     for name in ("chart.png", "shapes.png", "sign.png"):
-        assert FILES[f"examples/{name}"].content == (EXAMPLES / name).read_bytes()
+        assert page_files()[f"examples/{name}"].content == (EXAMPLES / name).read_bytes()
 
 
 def test_files_that_are_not_there_are_not_served(tmp_path: Path) -> None:
