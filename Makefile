@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-slow test-gpu test-arm check bench clean
+.PHONY: help demo test test-slow test-gpu test-arm check bench page clean
 
 help:
 	@echo "make demo       answer a question about a picture in examples/ with the bundled model"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  tests that take minutes"
 	@echo "make test-gpu   tests that need CUDA"
 	@echo "make test-arm   the ARM kernels in an emulator; wants g++-aarch64-linux-gnu and qemu-user (Debian's names)"
+	@echo "make page       builds the page of seekvl serve from page/ into the package; needs Node 20"
 	@echo "make bench      the CPU kernels beside torch; speed and memory beside transformers, same weights, one run"
 
 $(VENV)/.base: pyproject.toml constraints.txt setup.py $(wildcard seekvl/engine/kernels/src/*)
@@ -51,6 +52,9 @@ test-arm: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/peer_transformers.py
+
+page:
+	cd page && npm ci --no-audit --no-fund && npm run build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache seekvl/engine/kernels/native.so

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import seekvl
-from seekvl.serve import chat, cog, files, health, hosted, models, responses
+from seekvl.serve import chat, cog, files, health, hosted, models, page, pdf, responses
 from seekvl.serve.desk import Desk
 from seekvl.serve.errors import (
     DECLARED,
@@ -66,7 +66,17 @@ def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_mod
         webhooks=Webhooks(settings),
         log=None if settings.log_prompts is None else RequestLog(settings.log_prompts, settings),
     )
-    rooms = (health, hosted, models, files, cog, chat, responses)  # versions before models of any name
+    rooms = (
+        page,
+        pdf,
+        health,
+        hosted,
+        models,
+        files,
+        cog,
+        chat,
+        responses,
+    )  # versions before models of any name
     for room in rooms:
         app.include_router(room.router)
     for kind, handler in (

@@ -209,7 +209,7 @@ async def conversation(messages: Sequence[ChatMessage], *, desk: PictureDesk) ->
         if message.role == "tool":
             raise bad_request("these models know no tools, so no tool can answer", param=f"{param}.role")
         parts = await _parts(message, param=param, desk=desk)
-        if message.role == "system" or message.role == "developer":  # noqa: PLR1714 - mypy narrows by these
+        if message.role == "system" or message.role == "developer":
             systems.append(_system_text(parts, after_turns=bool(turns), param=param))
         elif turns and turns[-1].role == message.role:
             turns[-1] = Message(message.role, (*turns[-1].parts, Text("\n"), *parts))

@@ -32,12 +32,6 @@ def served(desk: Desk) -> str:
     return full if desk.settings.cog_inputs == "full" else simple
 
 
-@router.get("/")
-async def discovery() -> dict[str, str]:
-    """Say what is where."""
-    return DISCOVERY
-
-
 @router.get("/openapi.json")
 async def openapi(request: Request) -> dict[str, object]:
     """Describe the model."""

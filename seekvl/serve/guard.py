@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from seekvl.engine.request import Completion
 from seekvl.serve.errors import ApiError, body, dialect_of, headers_of
 from seekvl.serve.metrics import ServerMetrics
+from seekvl.serve.page import wants_page
 from seekvl.serve.settings import LOOPBACK_NAMES, Settings
 
 log = logging.getLogger("seekvl.access")
@@ -128,7 +129,7 @@ class Guard:
             return True
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             return True  # a browser asks before it sends the key
-        page = path == "/" and "text/html" in headers.get("accept", "")
+        page = path == "/" and wants_page(headers.get("accept", ""))
         return scope["method"] in ("GET", "HEAD") and (page or path.startswith(PAGE))
 
     def _check_key(self, given: str) -> None:

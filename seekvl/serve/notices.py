@@ -10,7 +10,13 @@ from seekvl.processing.tile_image import WHOLE, plan_grid
 
 
 def seen(inputs: ModelInput, processor: Processor) -> list[dict[str, object]]:
-    """Return what the model saw of each picture: its size, the size it was scaled to, tiles, tokens."""
+    """Return what the model saw of each picture: its size, the size it was scaled to, tiles, tokens.
+
+    `tile` is the side of a tile in px, `tile_tokens` what each tile and the view of the whole cost, without
+    the tokens between them.
+    """
+    image = processor.image
+    side = image.patch_slots_side if isinstance(image, PadImageConfig) else image.view_side
     grids = inputs.grids or (WHOLE,) * len(inputs.picture_sizes)
     return [
         {
@@ -19,6 +25,8 @@ def seen(inputs: ModelInput, processor: Processor) -> list[dict[str, object]]:
             "columns": grid[0],
             "rows": grid[1],
             "tokens": tokens,
+            "tile": image.image_size,
+            "tile_tokens": side**2,
         }
         for size, grid, tokens in zip(inputs.picture_sizes, grids, inputs.bill.image_tokens, strict=True)
     ]

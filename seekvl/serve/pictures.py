@@ -81,6 +81,12 @@ class PictureDesk:
         self.seconds(time.monotonic() - began)
         return picture
 
+    async def original(self, url: str, *, param: str) -> bytes:
+        """Return the bytes of the picture at an address, checked as `open` does. Raises ApiError."""
+        data = await self._read(url, param=param)
+        await self.decode(data, param=param)
+        return data
+
     async def decode(self, data: bytes, *, param: str) -> Image.Image:
         """Return the picture that some bytes hold. Raises ApiError naming the field `param`."""
         most = self.settings.max_picture_bytes

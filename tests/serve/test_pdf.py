@@ -1,0 +1,113 @@
+"""Pages of a PDF as pictures: what is drawn, and what strangers' files may not do."""
+
+import base64
+import io
+import json
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from seekvl.serve import pdf
+from tests.serve.conftest import Running
+
+pytest.importorskip("pypdfium2")
+
+
+def made(pages: int, size: tuple[int, int] = (60, 90)) -> bytes:
+    """A PDF of plain pages, each of its own grey."""
+    pictures = [Image.new("RGB", size, (20 * number,) * 3) for number in range(pages)]
+    out = io.BytesIO()
+    pictures[0].save(out, format="PDF", save_all=True, append_images=pictures[1:])
+    return out.getvalue()
+
+
+def ask(server: Running, data: bytes) -> httpx.Response:
+    url = "data:application/pdf;base64," + base64.b64encode(data).decode()
+    return server.ask("POST", "/v1/page/pdf", json={"pdf": url})
+
+
+def events(answer: httpx.Response) -> list[dict[str, object]]:
+    return [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+
+
+def test_pages_come_in_order_with_their_numbers(server: Running) -> None:
+    answer = ask(server, made(3))
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    found = events(answer)
+    assert [(page["page"], page["pages"]) for page in found] == [(1, 3), (2, 3), (3, 3)]
+    for number, page in enumerate(found):
+        url = str(page["picture"])
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as picture:
+            assert picture.format == "PNG"
+            assert picture.size == (1024, 1536)
+            level = picture.convert("L").getpixel((500, 700))
+        assert level == pytest.approx(20 * number, abs=4)
+
+
+def test_a_long_pdf_is_drawn_in_part(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pdf, "MOST_PAGES", 2)
+    assert [(page["page"], page["pages"]) for page in events(ask(server, made(4)))] == [(1, 4), (2, 4)]
+
+
+def test_absurd_pages_are_bounded(server: Running) -> None:
+    huge = made(1).replace(b"/MediaBox [ 0 0 60.0 90.0 ]", b"/MediaBox [ 0 0 9e9 90.0 ]")
+    huge = huge.replace(b"/MediaBox [0 0 60.0 90.0]", b"/MediaBox [0 0 9e9 90.0]")
+    answer = ask(server, huge)
+    assert answer.status_code in (200, 400)
+    for page in events(answer) if answer.status_code == 200 else []:
+        with Image.open(io.BytesIO(base64.b64decode(str(page["picture"]).partition(",")[2]))) as picture:
+            assert max(picture.size) <= pdf.SIDE + 1
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "no PDF"),
+        (b"\x89PNG\r\n\x1a\n", "no PDF"),
+        (b"%PDF-1.7", "damaged"),
+        (b"%PDF-1.7\n" + b"\x00" * 5000, "damaged"),
+    ],
+)
+def test_what_is_no_pdf_is_told(server: Running, data: bytes, words: str) -> None:
+    answer = ask(server, data)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+    assert answer.json()["error"]["code"] == "invalid_pdf"
+
+
+@pytest.mark.parametrize("body", [{}, {"pdf": 3}, {"pdf": ""}, {"pdf": "/etc/passwd"}, {"pdf": "data:,x"}])
+def test_a_pdf_is_given_by_its_bytes(server: Running, body: dict[str, object]) -> None:
+    assert server.ask("POST", "/v1/page/pdf", json=body).status_code == 400
+
+
+def test_a_worker_that_hangs_is_ended(
+    server: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(pdf, "WORKER", slow)
+    monkeypatch.setattr(pdf, "SECONDS", 0.5)
+    began = time.monotonic()
+    answer = ask(server, made(1))
+    assert answer.status_code == 400
+    assert "was not drawn within 0.5 s" in answer.json()["error"]["message"]
+    assert time.monotonic() - began < 10
+
+
+def test_a_worker_that_dies_is_told(server: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    dying = tmp_path / "dying.py"
+    dying.write_text("import os\nos.abort()\n")
+    monkeypatch.setattr(pdf, "WORKER", dying)
+    answer = ask(server, made(1))
+    assert answer.status_code == 400
+    assert "takes too much" in answer.json()["error"]["message"]
+
+
+def test_only_so_many_are_drawn_at_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pdf, "_drawn", pdf.MOST_PDFS)
+    answer = ask(server, made(1))
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) > 0
