@@ -135,22 +135,19 @@ class Run:
         return unheard and not self.replied and not self._text
 
     async def _end(self, status: Status, error: str | None, *, desk: Desk) -> None:
-        """Put it away, then say that it is over."""
-        prediction = self.prediction
-        prediction.status, prediction.error, prediction.completed_at = status, error, now()
+        """Put it away, then say that it is over: nobody may hear of an end that a crash would undo."""
+        ended = replace(self.prediction, status=status, error=error, completed_at=now())
         try:
             if self.refused is None:
-                await desk.store.save(prediction)
+                await desk.store.save(ended)
             else:
-                await desk.store.forget(prediction.id)
+                await desk.store.forget(ended.id)
         except Exception:
-            log.exception("prediction %s could not be kept", prediction.id)
-            prediction.status, prediction.error = (
-                "failed",
-                "the answer could not be kept; see the server's log",
-            )
-        if desk.live.get(prediction.id) is self:
-            del desk.live[prediction.id]
+            log.exception("prediction %s could not be kept", ended.id)
+            ended.status, ended.error = "failed", "the answer could not be kept; see the server's log"
+        self.prediction = ended
+        if desk.live.get(ended.id) is self:
+            del desk.live[ended.id]
         self.over = True
         self._tell()
         if self.webhook is not None and self.refused is None:

@@ -112,6 +112,27 @@ def test_an_answer_that_cannot_be_kept_has_failed(start: Start, monkeypatch: pyt
     assert server.ask("POST", "/predictions", json={"input": full()}).json()["status"] == "succeeded"
 
 
+def test_nobody_hears_of_an_end_before_it_is_kept(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start()
+    save, kept, saving = Store.save, threading.Event(), threading.Event()
+
+    async def slow_disk(self: Store, prediction: Any) -> None:
+        if prediction.status == "succeeded":
+            saving.set()
+            await asyncio.to_thread(kept.wait, 20)
+        await save(self, prediction)
+
+    monkeypatch.setattr(Store, "save", slow_disk)
+    client = client_of(server)
+    prediction = client.predictions.create(version=FULL, input=full())
+    assert saving.wait(20)
+    assert client.predictions.get(prediction.id).status == "processing"
+    assert client.predictions.list().results[0].status == "processing"
+    kept.set()
+    prediction.wait()
+    assert prediction.status == "succeeded"
+
+
 def test_a_caller_who_was_replied_to_waits_for_a_place(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     server = start()
     service = server.server.service
