@@ -47,8 +47,8 @@ Grace = Annotated[float, typer.Option(min=0, help="Seconds for running answers w
 Store = Annotated[
     str | None,
     typer.Option(
-        help="sqlite:///path keeps predictions and uploaded files through a restart; without it they are in "
-        "memory.",
+        help="sqlite:///path keeps predictions and uploaded files through a restart (an absolute path makes "
+        "it four slashes); without it they are in memory.",
         show_default=False,
     ),
 ]

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from anyio import CapacityLimiter
 from fastapi import Request
 
 from seekvl.engine.request import Request as Prepared
@@ -40,6 +41,8 @@ class Desk:
     """Where whole requests are kept, if anywhere."""
     live: "dict[str, Run]" = field(default_factory=dict)
     """Predictions under way, by id."""
+    painter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    """Threads that draw boxes."""
     runs: Counter[str] = field(default_factory=Counter)
     """Predictions begun since the server was started, by model."""
 

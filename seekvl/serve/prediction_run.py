@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,10 +22,10 @@ from seekvl.engine.request import Request as Prepared
 from seekvl.processing.tile_image import TileImageConfig
 from seekvl.serve.desk import Desk
 from seekvl.serve.errors import ApiError, Fault, invalid
-from seekvl.serve.grounding import Grounding, grounding
+from seekvl.serve.grounding import grounding
 from seekvl.serve.notices import limits_met, notices
 from seekvl.serve.prediction_inputs import Asked, ask
-from seekvl.serve.prediction_output import Drawn, draw
+from seekvl.serve.prediction_output import Drawn, draw, figures
 from seekvl.serve.records import Prediction, Status, now
 from seekvl.serve.request_log import Logged
 from seekvl.serve.service import Answering, failure, not_ready
@@ -121,30 +121,33 @@ class Run:
             status, error = "canceled", None
         except Exception as caught:
             found = in_words(failure(caught), self.asked)
-            if not self.replied and not self.steps and found.status in REFUSALS:
+            if self._refusable and found.status in REFUSALS:
                 self.refused = found
             status, error = "failed", found.message
         self._ending = True
         self.prediction.metrics["predict_time"] = time.monotonic() - began
         await self._end(status, error, desk=desk)
 
+    @property
+    def _refusable(self) -> bool:
+        """Whether nobody has heard of it yet: neither the caller nor, of its beginning, a webhook."""
+        unheard = self.webhook is None or self.prediction.status == "starting"
+        return unheard and not self.replied and not self._text
+
     async def _end(self, status: Status, error: str | None, *, desk: Desk) -> None:
-        """Put it away, then say that it is over."""
-        prediction = self.prediction
-        prediction.status, prediction.error, prediction.completed_at = status, error, now()
+        """Put it away, then say that it is over: nobody may hear of an end that a crash would undo."""
+        ended = replace(self.prediction, status=status, error=error, completed_at=now())
         try:
             if self.refused is None:
-                await desk.store.save(prediction)
+                await desk.store.save(ended)
             else:
-                await desk.store.forget(prediction.id)
+                await desk.store.forget(ended.id)
         except Exception:
-            log.exception("prediction %s could not be kept", prediction.id)
-            prediction.status, prediction.error = (
-                "failed",
-                "the answer could not be kept; see the server's log",
-            )
-        if desk.live.get(prediction.id) is self:
-            del desk.live[prediction.id]
+            log.exception("prediction %s could not be kept", ended.id)
+            ended.status, ended.error = "failed", "the answer could not be kept; see the server's log"
+        self.prediction = ended
+        if desk.live.get(ended.id) is self:
+            del desk.live[ended.id]
         self.over = True
         self._tell()
         if self.webhook is not None and self.refused is None:
@@ -152,23 +155,36 @@ class Run:
 
     async def _answer(self, desk: Desk) -> Status:
         """Open the pictures, ask the engine, and gather the answer."""
+        desk.pictures.check_count(len(self.asked.pictures), param=self.asked.question_input)
         pictures = [await desk.pictures.open(url, param=name) for name, url in self.asked.pictures]
         conversation = ask(self.asked, pictures)
         params, tiles = self.asked.sampling(room=desk.context), self._tiles(desk)
         prepared = await desk.service.prepare(conversation, params, max_tiles=tiles)
-        self.prediction.started_at, self.prediction.status = now(), "processing"
-        self._tell()
-        self._say("start")
-        for line in notices(prepared.inputs, desk.service.vlm.processor):
-            self._log(line)
+        lines = notices(prepared.inputs, desk.service.vlm.processor)
         if self.asked.budget == 0:
+            self._begin(lines)
             self.prediction.output = self._output("")
             return "succeeded"
         if desk.log is not None:
             params = self.asked.sampling(room=desk.room(prepared))
             logged = Logged(conversation=conversation, params=(params,), max_tiles=tiles)
             await desk.log.request(self.prediction.id, logged)
-        return await self._generate(prepared, pictures[-1], desk=desk)
+        answering = await self._submit(prepared, desk=desk)
+        self._begin(lines)
+        async for piece in answering.pieces():
+            if piece.text:
+                self._output_piece(piece.text)
+            if piece.completion is not None:
+                return await self._complete(piece.completion, answering, prepared, pictures[-1], desk=desk)
+        raise ApiError(status=500, message="the answer has no end")
+
+    def _begin(self, lines: Sequence[str]) -> None:
+        """Say that the model works on it, and what it should be known of the pictures."""
+        self.prediction.started_at, self.prediction.status = now(), "processing"
+        self._tell()
+        self._say("start")
+        for line in lines:
+            self._log(line)
 
     def _tiles(self, desk: Desk) -> int | None:
         """Return the most tiles of a picture; a model that never cuts pictures has no use for a bound."""
@@ -176,16 +192,6 @@ class Run:
             return self.asked.max_tiles
         self._log("max_tiles does nothing here: this model sees every picture whole")
         return None
-
-    async def _generate(self, prepared: Prepared, picture: Image.Image, *, desk: Desk) -> Status:
-        """Draw the answer from the engine."""
-        answering = await self._submit(prepared, desk=desk)
-        async for piece in answering.pieces():
-            if piece.text:
-                self._output_piece(piece.text)
-            if piece.completion is not None:
-                return await self._complete(piece.completion, answering, prepared, picture, desk=desk)
-        raise ApiError(status=500, message="the answer has no end")
 
     async def _submit(self, prepared: Prepared, *, desk: Desk) -> Answering:
         """Hand a prompt to the engine; a caller who was told that it begins waits for a place."""
@@ -220,7 +226,10 @@ class Run:
             self._log(line)
         drawn = None
         if self.asked.drawn and boxes:
-            drawn = await draw(picture, completion.text, name=f"{prediction.id}.png", settings=desk.settings)
+            name = f"{prediction.id}.png"
+            drawn = await draw(
+                picture, completion.text, name=name, settings=desk.settings, painter=desk.painter
+            )
             if drawn.notice:
                 self._log(drawn.notice)
         prediction.output = self._output(completion.text, drawn=drawn)
@@ -286,23 +295,6 @@ def in_words(error: ApiError, asked: Asked) -> ApiError:
         return error
     place = error.param if error.param and error.param.startswith("input") else asked.question_input
     return invalid(Fault(place, error.message))
-
-
-def figures(completion: Completion, boxes: Grounding, *, first_seconds: float) -> dict[str, object]:
-    """Return what is told of an answer beside its text."""
-    usage, timings = completion.usage, completion.timings
-    return {
-        "input_token_count": usage.prompt_tokens,
-        "output_token_count": usage.completion_tokens,
-        "image_token_count": usage.image_tokens,
-        "cached_token_count": usage.cached_tokens,
-        "time_to_first_token": first_seconds,
-        "vision_time": timings.vision,
-        "prefill_time": timings.prefill,
-        "decode_time": timings.decode,
-        "finish_reason": completion.finish_reason,
-        "boxes": boxes,
-    }
 
 
 def new_id() -> str:

@@ -87,7 +87,9 @@ class Settings:
     """Time that running answers have when the server is told to stop."""
 
     store: str | None = None
-    """`sqlite:///path` keeps predictions and files through a restart; None keeps them in memory."""
+    """`sqlite:///path` keeps predictions and files through a restart; None keeps them in memory. An absolute
+    path makes it four slashes.
+    """
     prediction_seconds: float = 3600.0
     """How long a finished prediction can be asked for."""
     max_predictions: int = 1000

@@ -56,8 +56,8 @@ class Store:
 
     async def save(self, prediction: Prediction) -> None:
         """Write a prediction as it is now; a finished one may push the oldest finished ones out."""
-        record = json.dumps(asdict(prediction))
-        await self._run(lambda: self._save(prediction, record))
+        known, created, ended = asdict(prediction), prediction.created, prediction.ended
+        await self._run(lambda: self._save(known, created=created, ended=ended))
 
     async def prediction(self, name: str) -> Prediction | None:
         """Return a prediction; None where it is unknown, or was kept long enough."""
@@ -167,14 +167,15 @@ class Store:
 
         return await self._run(find)
 
-    def _save(self, prediction: Prediction, record: str) -> None:
+    def _save(self, known: dict[str, object], *, created: float, ended: float | None) -> None:
+        record = json.dumps(known)  # here in the thread: a picture makes it long
         with self._database:
             self._database.execute(
                 "INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?)",
-                (prediction.id, prediction.created, prediction.ended, len(record), record),
+                (known["id"], created, ended, len(record), record),
             )
-            if prediction.ended is not None:
-                self._push_out(keep=prediction.id)
+            if ended is not None:
+                self._push_out(keep=str(known["id"]))
 
     def _push_out(self, *, keep: str) -> None:
         """Delete finished predictions that are too old, too many or too large together."""
@@ -214,7 +215,7 @@ class Store:
         for (record,) in rows:
             prediction = Prediction(**json.loads(record))
             prediction.status, prediction.error, prediction.completed_at = "failed", INTERRUPTED, now()
-            self._save(prediction, json.dumps(asdict(prediction)))
+            self._save(asdict(prediction), created=prediction.created, ended=prediction.ended)
 
 
 def _open(store: str | None) -> sqlite3.Connection:

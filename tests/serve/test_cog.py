@@ -385,6 +385,25 @@ def test_a_prompt_that_is_too_long_tells_the_bill(http: httpx.Client) -> None:
     assert "tokens" in fault["msg"]
 
 
+@pytest.mark.usefixtures("endless")
+def test_a_budget_beyond_the_context_ends_with_it(http: httpx.Client, vlm: seekvl.VLM) -> None:
+    words = "a " * 1800
+    room = 2048 - len(vlm.processor(words).input_ids) - 110  # what the picture and its line end take
+    given = full(words + "b " * (room - 30), max_new_tokens=4096)
+    found = http.post("/predictions", json={"input": given}).json()
+    assert found["status"] == "succeeded"
+    assert found["metrics"]["finish_reason"] == "length"
+    assert found["metrics"]["input_token_count"] + found["metrics"]["output_token_count"] <= 2048
+    assert "the context of the model is full" in found["logs"]
+
+
+def test_more_pictures_than_are_taken(start: Start) -> None:
+    given = full(image2=data_url(), image3=data_url())
+    reply = start(max_pictures=2).ask("POST", "/predictions", json={"input": given})
+    assert reply.status_code == 422
+    assert "3 pictures, at most 2" in reply.json()["detail"][0]["msg"]
+
+
 def test_what_fails_after_the_reply_is_data(http: httpx.Client) -> None:
     bad = full(image1="data:image/png;base64,AAAA")
     reply = http.post("/predictions", json={"input": bad}, headers={"Prefer": "respond-async"})

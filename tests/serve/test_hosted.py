@@ -92,6 +92,15 @@ def test_models_and_how_often_they_ran(client: replicate.Client) -> None:
     assert (caught.value.status, caught.value.title) == (404, "Not found")
 
 
+def test_names_come_with_their_slash_encoded_too(server: Running) -> None:
+    plain, encoded = (server.ask("GET", f"/v1/models/{name}") for name in (FULL, FULL.replace("/", "%2F")))
+    assert plain.status_code == encoded.status_code == 200
+    assert plain.json() == encoded.json()
+    path = f"/v1/models/{SIMPLE.replace('/', '%2F')}/predictions"
+    made = server.ask("POST", path, json={"input": simple()}, headers={"Prefer": "wait"})
+    assert made.json()["output"] == "WALL"
+
+
 def test_create_wait_and_get(client: replicate.Client, server: Running) -> None:
     version = client.models.get(FULL).latest_version
     for wanted in (version, version.id, f"{FULL}:{version.id}", FULL):
