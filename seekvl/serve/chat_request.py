@@ -23,7 +23,7 @@ MOST_CHOICES = 8
 MOST_STOPS = 4
 MOST_LOGPROBS = 20
 MOST_SCHEMA = 65_536
-"""Letters of a JSON schema, written out: a grammar is made of it while other requests wait."""
+"""Letters of a JSON schema, written out: making a grammar of it takes time that grows faster than it."""
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -209,7 +209,7 @@ async def conversation(messages: Sequence[ChatMessage], *, desk: PictureDesk) ->
         if message.role == "tool":
             raise bad_request("these models know no tools, so no tool can answer", param=f"{param}.role")
         parts = await _parts(message, param=param, desk=desk)
-        if message.role in ("system", "developer"):
+        if message.role == "system" or message.role == "developer":
             systems.append(_system_text(parts, after_turns=bool(turns), param=param))
         elif turns and turns[-1].role == message.role:
             turns[-1] = Message(message.role, (*turns[-1].parts, Text("\n"), *parts))

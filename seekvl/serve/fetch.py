@@ -11,7 +11,6 @@ import socket
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 import httpcore2 as httpcore
@@ -163,18 +162,31 @@ class Web:
         return listed or host.lower().rstrip(".") in self._names
 
 
-class _Guarded(httpcore.AsyncNetworkBackend):  # type: ignore[misc]  # its library has no types here
+class _Guarded(httpcore.AsyncNetworkBackend):
     """Connects to checked addresses only."""
 
     def __init__(self, web: Web) -> None:
         self._web, self._plain = web, httpcore.AnyIOBackend()
 
-    async def connect_tcp(self, host: str, port: int, **options: Any) -> httpcore.AsyncNetworkStream:
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
         """Connect to a host whose every address may be asked."""
         failed: OSError | httpcore.NetworkError | None = None
         for address in await self._web.addresses(host, port):
             try:
-                return await self._plain.connect_tcp(address, port, **options)
+                return await self._plain.connect_tcp(
+                    address,
+                    port,
+                    timeout=timeout,
+                    local_address=local_address,
+                    socket_options=socket_options,
+                )
             except (OSError, httpcore.NetworkError) as error:
                 failed = error
         raise httpcore.ConnectError(str(failed))
