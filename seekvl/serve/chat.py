@@ -68,7 +68,7 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     desk = desk_of(request)
     async with until_disconnected(request):
         chat = await begin(asked, desk=desk, done=request.state.completions)
-        answerings = submit(chat, desk=desk, client=client_of(request))
+        answerings = await submit(chat, desk=desk, client=client_of(request))
         if not asked.stream:
             return JSONResponse(whole(chat, await finish(chat, answerings, desk=desk)))
     return events.EventStream(stream(chat, answerings, desk=desk), ended=partial(cancel, answerings))
@@ -120,18 +120,31 @@ def check_tiles(asked: ChatRequest, *, desk: Desk) -> None:
             raise bad_request(str(error), param="max_tiles") from error
 
 
-def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
-    """Hand all choices to the engine, or none of them. Raises ApiError."""
-    room = desk.room(chat.prepared)
+async def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
+    """Hand all choices to the engine, or none of them. Raises ApiError.
+
+    A thread does it: pictures are hashed then, and grammars made of schemas. It goes on where the caller
+    hangs up meanwhile, so what it handed in is cancelled when it is done.
+    """
+    room, loop = desk.room(chat.prepared), asyncio.get_running_loop()
     answerings: list[Answering] = []
-    try:
+
+    def hand_in() -> None:
         for choice in range(chat.asked.choices):
             params = sampling(chat.asked, room=room, choice=choice)
             prepared = replace(chat.prepared, params=params)
-            answerings.append(desk.service.submit(prepared, client=client))
-    except ApiError as error:
+            answerings.append(desk.service.submit(prepared, client=client, loop=loop))
+
+    def give_up(handing: asyncio.Future[None]) -> None:
+        handing.exception()  # or the log would say that nobody asked for it
         cancel(answerings)
-        if error.status == 400 and chat.asked.response_format is not None:
+
+    handing = asyncio.ensure_future(asyncio.to_thread(hand_in))
+    try:
+        await asyncio.shield(handing)
+    except BaseException as error:
+        handing.add_done_callback(give_up)
+        if isinstance(error, ApiError) and error.status == 400 and chat.asked.response_format is not None:
             error.param = "response_format"  # what the engine finds wrong with a request by itself
         raise
     return answerings
@@ -325,6 +338,11 @@ def _head(chat: Chat) -> dict[str, object]:
 
 async def together(answerings: Sequence[Answering]) -> AsyncGenerator[tuple[int, Piece], None]:
     """Yield the pieces of several answers as they come; leaving early cancels all of them."""
+    if len(answerings) == 1:  # without the detour, which every token would take
+        async with contextlib.aclosing(answerings[0].pieces()) as pieces:
+            async for piece in pieces:
+                yield 0, piece
+        return
     arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 
     async def draw(index: int, answering: Answering) -> None:
@@ -338,11 +356,11 @@ async def together(answerings: Sequence[Answering]) -> AsyncGenerator[tuple[int,
     try:
         left = len(answerings)
         while left:
-            index, piece = await arrived.get()
-            if isinstance(piece, Exception):
-                raise piece
-            yield index, piece
-            left -= piece.completion is not None
+            index, came = await arrived.get()
+            if isinstance(came, Exception):
+                raise came
+            yield index, came
+            left -= came.completion is not None
     finally:
         cancel(answerings)  # a task that has not begun yet would not
         for task in drawing:

@@ -23,7 +23,7 @@ MOST_CHOICES = 8
 MOST_STOPS = 4
 MOST_LOGPROBS = 20
 MOST_SCHEMA = 65_536
-"""Letters of a JSON schema, written out: a grammar is made of it while other requests wait."""
+"""Letters of a JSON schema, written out: making a grammar of it takes time that grows faster than it."""
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -30,11 +31,21 @@ DECLARED: dict[int | str, dict[str, Any]] = {
 
 
 class EventStream(StreamingResponse):
-    """Sends events, and says when it is over, also where the caller left before the first one was drawn."""
+    """Sends events, with a comment whenever none has come for so long.
 
-    def __init__(self, chunks: AsyncIterator[bytes], *, ended: Callable[[], None]) -> None:
-        super().__init__(kept_alive(chunks), headers=HEADERS)
+    It says when it is over, also where the caller left before the first event was drawn.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncIterator[bytes],
+        *,
+        ended: Callable[[], None],
+        seconds: float = KEEP_ALIVE_SECONDS,
+    ) -> None:
+        super().__init__(chunks, headers=HEADERS)
         self._ended = ended
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all there is."""
@@ -42,6 +53,29 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._ended()
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the head, the events, and the comments between them from a task beside."""
+        sent = time.monotonic()
+
+        async def comments() -> None:
+            nonlocal sent
+            while True:
+                await asyncio.sleep(sent + self._seconds - time.monotonic())
+                if time.monotonic() - sent >= self._seconds:
+                    sent = time.monotonic()
+                    await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        commenting = asyncio.create_task(comments())
+        try:
+            async for chunk in self.body_iterator:
+                sent = time.monotonic()
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        finally:
+            commenting.cancel()
+            await asyncio.gather(commenting, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def data(value: Mapping[str, object] | str) -> bytes:

@@ -189,7 +189,13 @@ class _Guarded(httpcore.AsyncNetworkBackend):
         failed: OSError | httpcore.NetworkError | None = None
         for address in await self._web.addresses(host, port):
             try:
-                return await self._plain.connect_tcp(address, port, timeout, local_address, socket_options)
+                return await self._plain.connect_tcp(
+                    address,
+                    port,
+                    timeout=timeout,
+                    local_address=local_address,
+                    socket_options=socket_options,
+                )
             except (OSError, httpcore.NetworkError) as error:
                 failed = error
         raise httpcore.ConnectError(str(failed))

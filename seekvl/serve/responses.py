@@ -47,7 +47,7 @@ async def create_response(request: Request, wanted: ResponsesRequest) -> Respons
     async with until_disconnected(request):
         try:
             chat = await begin(as_chat, desk=desk, done=request.state.completions)
-            answerings = submit(chat, desk=desk, client=client_of(request))
+            answerings = await submit(chat, desk=desk, client=client_of(request))
         except ApiError as error:
             raise renamed(error, shift=int(bool(wanted.instructions))) from error
         asked = Asked(request=wanted, chat=chat)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -113,19 +113,21 @@ class Service:
         except SeekVLError as error:
             raise bad_request(str(error), param="messages") from error
 
-    def submit(self, request: Request, *, client: str) -> "Answering":
-        """Hand a request to the engine; the answer is drawn in this event loop.
+    def submit(
+        self, request: Request, *, client: str, loop: asyncio.AbstractEventLoop | None = None
+    ) -> "Answering":
+        """Hand a request to the engine; the answer is drawn in `loop`, by default the one that runs here.
 
         Raises ApiError: 400 for what the engine cannot do, 429 for a full queue, 503 when not ready.
         """
         if not self.ready:
             raise not_ready(self.phase)
-        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+        drawn_in, arrived = loop or asyncio.get_running_loop(), asyncio.Event()
 
         def notify() -> None:
             """Wake the handler; the engine's thread calls this, perhaps after the loop has ended."""
             try:
-                loop.call_soon_threadsafe(arrived.set)
+                drawn_in.call_soon_threadsafe(arrived.set)
             except RuntimeError:
                 log.debug("a piece came after the event loop had ended")
 
@@ -240,7 +242,7 @@ class Answering:
         """End the answer before the engine's next step; its last piece says so."""
         self._handle.cancel()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Yield the pieces as they come, until the one with the completion.
 
         Raises ApiError: 503 when the engine stopped or did not get to it in time, 400 for what the caller can

@@ -335,8 +335,7 @@ def test_streams_say_how_they_are_to_be_treated(server: Running) -> None:
 def test_a_stream_keeps_the_connection_awake_while_a_prompt_waits(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = events.kept_alive
-    monkeypatch.setattr(events, "kept_alive", lambda chunks: real(chunks, seconds=0.05))
+    monkeypatch.setitem(events.EventStream.__init__.__kwdefaults__, "seconds", 0.05)
     body = chat_body(stream=True, max_tokens=2)
     asking = httpx.stream("POST", f"{server.v1}/chat/completions", json=body, trust_env=False)
     with held(server.engine), asking as answer:

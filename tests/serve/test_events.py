@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
-from seekvl.serve.events import COMMENT, data, event, kept_alive
+from seekvl.serve.events import COMMENT, EventStream, data, event, kept_alive
 
 
 async def collect(events: AsyncIterator[bytes], *, most: int = 100) -> list[bytes]:
@@ -26,6 +27,50 @@ def test_comments_fill_the_time_while_nothing_comes() -> None:
     found = asyncio.run(collect(kept_alive(slow(), seconds=0.1)))
     assert found == [COMMENT, COMMENT, b"data: 1\n\n", b"data: 2\n\n"]
     assert COMMENT.startswith(b":")
+
+
+async def sent(chunks: AsyncIterator[bytes], *, leave_after: float = 60.0) -> tuple[list[bytes], list[str]]:
+    """Let a response send its chunks to a caller who leaves; return what was sent, and what was told."""
+    told: list[str] = []
+    bodies: list[bytes] = []
+
+    async def receive() -> dict[str, str]:
+        await asyncio.sleep(leave_after)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        bodies.append(message.get("body", b""))
+
+    response = EventStream(chunks, ended=lambda: told.append("ended"), seconds=0.1)
+    await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+    return bodies, told
+
+
+def test_a_response_fills_the_time_with_comments() -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.25)
+        yield b"data: 1\n\n"
+        yield b"data: 2\n\n"
+
+    bodies, told = asyncio.run(sent(slow()))
+    assert bodies == [b"", COMMENT, COMMENT, b"data: 1\n\n", b"data: 2\n\n", b""]
+    assert told == ["ended"]
+
+
+def test_a_response_says_that_its_caller_left() -> None:
+    ended = []
+
+    async def endless() -> AsyncIterator[bytes]:
+        try:
+            await asyncio.sleep(60)
+            yield b"never"
+        finally:
+            ended.append(True)
+
+    for seconds in (0.0, 0.2):
+        _, told = asyncio.run(sent(endless(), leave_after=seconds))
+        assert told == ["ended"]
+    assert ended  # of the one that had begun
 
 
 def test_leaving_early_ends_what_makes_the_events() -> None:

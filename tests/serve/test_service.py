@@ -86,6 +86,38 @@ def test_a_stream_nobody_began_to_read_is_cancelled() -> None:
     assert all(answering.cancelled for answering in answerings)
 
 
+def test_hanging_up_while_a_request_is_handed_in_leaves_nothing_behind(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, handing, go_on = server.engine, threading.Event(), threading.Event()
+    submit = engine.submit
+
+    def slow(*given: Any, **more: Any) -> Any:
+        handing.set()
+        go_on.wait(30)
+        return submit(*given, **more)
+
+    before = engine.metrics()
+    with monkeypatch.context() as patch, held(engine):
+        patch.setattr(engine, "submit", slow)
+        asking = threading.Thread(target=_ask_briefly, args=(server,))
+        asking.start()
+        assert handing.wait(30)
+        asking.join(30)
+        assert not asking.is_alive()
+        time.sleep(0.3)  # until the server knows
+        go_on.set()
+        ended = before.ended.get("cancelled", 0) + 1
+        wait_until(lambda: engine.metrics().ended.get("cancelled", 0) == ended)
+    assert server.chat(max_tokens=1).status_code == 200
+
+
+def _ask_briefly(server: Running) -> None:
+    """Ask and hang up after a second."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + CHAT, json=chat_body(**ENDLESS), timeout=1.0, trust_env=False)
+
+
 def test_a_full_queue_is_429_and_a_long_wait_503(start: Start) -> None:
     server = start(queue=1, wait_seconds=4.0)
     with held(server.engine):
