@@ -79,7 +79,7 @@ inline void meet(const Band* bands, int64_t count, const Meeting& m, int64_t wid
         }
 }
 
-// Call done(input, tile, results) for the tiles begin..end: results[n] is what the tile of matrix n gives with an input.
+// Call done(input, tile, results) for the tiles begin..end; results[n] is what the tile of matrix n gives.
 template <class Machine, class Slices, int matrices, class Done>
 inline void meet_tiles(const Packed* const (&of)[matrices], const Meeting& m, int64_t begin, int64_t end,
                        const Done& done) {
