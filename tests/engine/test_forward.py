@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import seekvl
 from seekvl.engine.cache import KVCache
 from seekvl.engine.forward import append, embed_prompt, exact_cuts, feed, follow, prefill, step
 from seekvl.engine.kernels.accelerate import MOST_ROWS, accelerate
+from seekvl.models.quantized import KINDS
 from seekvl.processing.encode import ModelInput
 from seekvl.runtime import SeekVLError
+from seekvl.weights import quantize
+from seekvl.weights.quantize import quantize_model
 
 
 def new_cache(vlm: seekvl.VLM, *, rows: int = 1) -> KVCache:
@@ -87,6 +91,22 @@ def test_where_a_prompt_is_cut_changes_no_bit_where_that_is_promised(
         assert torch.allclose(prefill(model, inputs, cache=new_cache(tiled), row=0), whole, atol=2e-5, rtol=0)
     finally:
         accelerate(model.language)
+
+
+def test_prompts_of_quantised_networks_may_be_cut_anywhere(
+    vlm: seekvl.VLM, prompts: list[ModelInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SMALLEST", 0)
+    level = accelerate(vlm.model.language)
+    for kind in KINDS:
+        model = copy.deepcopy(vlm.model)
+        quantize_model(model, kind)
+        accelerate(model.language, level=level)
+        assert exact_cuts(model) == (level in MOST_ROWS)
+        caches = [new_cache(vlm), new_cache(vlm)]
+        whole = prefill(model, prompts[0], cache=caches[0], row=0)
+        parts = prefill(model, prompts[0], cache=caches[1], row=0, chunk=7)
+        assert torch.equal(parts, whole) or not exact_cuts(model)
 
 
 def test_a_prompt_needs_room_in_the_cache(vlm: seekvl.VLM, prompts: list[ModelInput]) -> None:

@@ -74,7 +74,7 @@ struct Meeting {
     void* const* y;          // [b], each [o]
     Dtype output;
     const void* bias;        // [o] of `output`, or null
-    const float* shares;     // [b], or null; with it y is float32 and gets its share of the result added to what is there
+    const float* shares;     // [b], or null; with it y of float32 gets its share of the result added
     float* room;             // [kSumRoom] where more than kFewInputs leave their sums
 };
 

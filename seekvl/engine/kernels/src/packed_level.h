@@ -79,7 +79,7 @@ inline void meet(const Band* bands, int64_t count, const Meeting& m, int64_t wid
         }
 }
 
-// Call meet for the rows of tiles begin..end, `beside` of which make a band with the matrices at hand.
+// Call done(input, tile, results) for the tiles begin..end; results[n] is what the tile of matrix n gives.
 template <class Machine, class Slices, int matrices, class Done>
 inline void meet_tiles(const Packed* const (&of)[matrices], const Meeting& m, int64_t begin, int64_t end,
                        const Done& done) {
@@ -116,10 +116,11 @@ void tiles(const Packed& matrix, const Meeting& m, int64_t begin, int64_t end) {
 
 template <class Machine, class Slices>
 void gated_of_format(const Packed& gate, const Packed& up, const Meeting& m, int64_t begin, int64_t end) {
-    meet_tiles<Machine, Slices, 2>({&gate, &up}, m, begin, end, [&](int64_t input, int64_t tile, float* const* results) {
+    const auto done = [&](int64_t input, int64_t tile, float* const* results) {
         swiglu(results[0], results[1]);
         put_tile(m, input, tile, gate.rows, results[0]);
-    });
+    };
+    meet_tiles<Machine, Slices, 2>({&gate, &up}, m, begin, end, done);
 }
 
 template <class Machine>

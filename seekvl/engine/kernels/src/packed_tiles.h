@@ -4,8 +4,9 @@
 // `Machine` gives `Ints` and `Floats`, one number for each row of a tile: `all`, `add`, `load`, `store`, `bf16`,
 // `scaled(v, number)`, `product(v, w)`, `accumulate(v, ints, scale)`; and lines of weights: `bytes(p)`,
 // `nibbles(p, low, high)`, which `keep(p, low)` stores as bytes for `kept(p)`, `four(x)` (four values for every row)
-// and `dot(sum, line, four)`; `loaded(v)` is v, which a compiler shall neither load ahead nor twice. `few` inputs fill its registers, or `many` with `tiles` tiles. `byte_zero` is what its
-// bytes have too much: 128, or 0 where it reads a sign.
+// and `dot(sum, line, four)`; `loaded(v)` is v, which a compiler shall load neither ahead nor twice. `few` inputs fill
+// its registers, or `many` with `tiles` tiles. `byte_zero` is what its bytes have too much: 128, or 0 where it reads a
+// sign.
 #pragma once
 
 #include <cstdint>

@@ -107,7 +107,7 @@ class Filling {
         cos_ = take(n_ * half), sin_ = take(n_ * half);
         values_ = take(kv_heads_ * net_.value * stride_ * size_of(seen_input_) / 4 + 1);
         if (net_.latent) {
-            latents_ = make_forms(seen_cuts_, net_.latent, latent_input_, {}, take);
+            latents_ = make_forms(seen_cuts_, net_.latent, latent_input_, {&net_.layers[0].kv_b}, take);
             expanded_ = take(seen_ * expanded_heads() * (net_.nope + net_.value));
             keys_ = take(net_.heads * seen_ * sizes_.key_width * size_of(seen_input_) / 4 + 1);
         }

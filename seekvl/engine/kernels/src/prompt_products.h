@@ -41,13 +41,15 @@ inline int64_t packed_numbers(const Cuts& cuts, int64_t width, Dtype input) {
     return cuts.lanes * rounded_up(width, 2) * size_of(input) / 4;
 }
 
-// Make room for forms of rows of up to `width` numbers; `take` gives memory for a count of numbers, or null where it
-// only counts.
+// Make room for what readers of rows of up to `width` numbers take; `take` gives memory for a count of numbers, or null
+// where it only counts.
 template <class Take>
 Forms make_forms(const Cuts& cuts, int64_t width, Dtype input, const Readers& readers, Take take) {
     Forms forms{input, nullptr, nullptr, {}, {}};
-    forms.lanes = reinterpret_cast<char*>(take(packed_numbers(cuts, width, input)));
-    if (input == BF16) forms.narrow = reinterpret_cast<uint16_t*>(take((cuts.count * width + 1) / 2));
+    if (readers.plain) {
+        forms.lanes = reinterpret_cast<char*>(take(packed_numbers(cuts, width, input)));
+        if (input == BF16) forms.narrow = reinterpret_cast<uint16_t*>(take((cuts.count * width + 1) / 2));
+    }
     const auto rows = [&](std::vector<QuantizedRow>& of) {
         float* const taken = take(room_of_rows(cuts.count, width));
         of.resize(cuts.count);
