@@ -28,6 +28,8 @@ OPEN = frozenset(("/health", "/ready", "/health-check"))
 """Routes that need no key."""
 PAGE = ("/page/", "/favicon.ico")
 """The static files of the page need none either; they say nothing."""
+VERSIONS = frozenset(("1.0", "1.1", "2"))
+"""Of HTTP; the parser of requests takes any two digits."""
 BODY_SECONDS = 60.0
 """Longest time for the body of a request to arrive."""
 UPLOADS = "/v1/files"
@@ -93,6 +95,8 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         """Raise ApiError for what may not enter, by its headers alone."""
+        if scope["http_version"] not in VERSIONS:
+            raise ApiError(status=400, message="the HTTP version of the request is none")
         headers = Headers(scope=scope)
         self._check_host(headers.get("host", ""))
         if self._keys and not self._open(scope, headers):

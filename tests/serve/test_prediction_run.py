@@ -165,7 +165,7 @@ def test_an_engine_that_dies_fails_its_predictions(start: Start, monkeypatch: py
     prediction = client_of(server).predictions.create(version=FULL, input=full())
     prediction.wait()
     assert prediction.status == "failed"
-    assert "the answer failed" in prediction.error
+    assert "the answer was lost" in prediction.error
     until(lambda: server.ask("GET", "/ready").status_code == 200)
     assert client_of(server).run(FULL, input=full())["text_out"] == "WALL"
 
