@@ -60,7 +60,7 @@ async def upload(request: Request) -> Response:
                 )
             data = await given.read()
             metadata = _metadata(form.get("metadata"))
-            purpose = form.get("purpose")
+            purpose, moment = form.get("purpose"), time.time()
             record = FileRecord(
                 id=f"file_{secrets.token_hex(16)}",
                 name=_clean(given.filename or "file"),
@@ -69,8 +69,8 @@ async def upload(request: Request) -> Response:
                 sha256=hashlib.sha256(data).hexdigest(),
                 metadata=metadata,
                 purpose=_clean(purpose) if isinstance(purpose, str) else None,
-                created=time.time(),
-                expires=time.time() + desk.settings.file_seconds,
+                created=moment,
+                expires=moment + desk.settings.file_seconds,
             )
     except MultiPartException as error:
         raise ApiError(status=400, message=f"the form cannot be read: {error.message}") from error

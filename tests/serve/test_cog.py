@@ -279,23 +279,23 @@ def test_a_full_queue_is_a_conflict(start: Start) -> None:
     begun: list[str] = []
     with client_of(server) as http:
 
-        def full_now() -> bool:
+        def refused(path: str, status: int) -> httpx.Response | None:
             """Ask once more; places are taken one after the other."""
-            reply = http.post("/predictions", json={"input": LONG}, headers=prefer)
-            if reply.status_code == 202:
+            reply = http.post(path, json={"input": LONG}, headers=prefer)
+            if reply.is_success:
                 begun.append(reply.json()["id"])
-                return False
-            assert reply.status_code == 409
-            assert reply.json()["error"].startswith("At capacity - ")
-            assert reply.json()["status"] == "failed"
-            return engine.metrics().running == engine.limits.rows
+                return None
+            assert reply.status_code == status
+            return reply if engine.metrics().running == engine.limits.rows else None
 
-        until(full_now)
+        found: list[httpx.Response | None] = []
+        until(lambda: found.append(refused("/predictions", 409)) or found[-1])
         assert len(begun) >= engine.limits.rows
-        hosted = http.post(f"/v1/models/{FULL}/predictions", json={"input": LONG})
-        assert hosted.status_code == 429
-        assert int(hosted.headers["Retry-After"]) > 0
-        assert hosted.json()["status"] == 429
+        assert found[-1].json()["error"].startswith("At capacity - ")
+        assert found[-1].json()["status"] == "failed"
+        until(lambda: found.append(refused(f"/v1/models/{FULL}/predictions", 429)) or found[-1])
+        assert int(found[-1].headers["Retry-After"]) > 0
+        assert found[-1].json()["status"] == 429
         assert http.get("/health-check").json()["status"] == "BUSY"
         for name in begun:
             http.post(f"/predictions/{name}/cancel")

@@ -236,7 +236,7 @@ class Process:
         command += ["--store", f"sqlite:///{folder}/store.db", "--grace", "1"]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ.copy())
         self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=30)
-        until(self._ready, seconds=60)
+        until(self._ready, seconds=120)
 
     def _ready(self) -> bool:
         assert self.process.poll() is None, "the server has ended"
