@@ -124,7 +124,7 @@ def serve(
     """Answer over HTTP until SIGTERM or Ctrl-C; needs the extra `server`."""
     from seekvl.runtime import require
 
-    for module in ("fastapi", "uvicorn", "prometheus_client", "multipart", "httpcore2"):
+    for module in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "httpcore2"):
         require(module, extra="server")
     from seekvl.serve.run import serve as run
     from seekvl.serve.settings import Settings
