@@ -275,13 +275,12 @@ void models() {
                 }
                 return out;
             });
-            if (is_packed(kind)) continue;
-            const Bytes embeds = numbers(kind, 150 * 66);
+            const Bytes embeds = numbers(model.plain, 150 * 66);
             compare(name + "/prompt", limit, [&](int32_t level) {
                 source.seed(seed);
                 Held held(model);
                 Floats hidden(150 * 66), logits(301);
-                const Prompt prompt{150, 1, 20, embeds.data(), kind, hidden.data(), logits.data()};
+                const Prompt prompt{150, 1, 20, embeds.data(), model.plain, hidden.data(), logits.data()};
                 if (seekvl_prompt(level, kThreads, &model.network, &held.cache, &prompt)) std::abort();
                 append(logits, hidden);
                 return logits;
