@@ -117,7 +117,7 @@ def learn_to_answer(
         batch_size=stage.batch_size,
         lengths=lengths,
         pad_id=given.processor.tokenizer.pad_id,
-        parts=CPU_PARTS if start.device.type == "cpu" else 1,
+        parts=min(CPU_PARTS, stage.batch_size) if start.device.type == "cpu" else 1,
         language=text,
         multimodal=pictures,
         share=stage.language,
