@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,14 @@ CHROMIUM = Path("/usr/bin/chromium")
 HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 WAIT = 20_000
 """Milliseconds after which a thing that does not come is missed."""
+
+
+def soon(found: Callable[[], object]) -> None:
+    """Wait until something holds: a browser draws when it comes to it."""
+    until = time.monotonic() + WAIT / 1000
+    while not found() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert found()
 
 
 # What goes over the wire
@@ -211,7 +220,7 @@ def opened(browser: "Browser", server: Running) -> Iterator[Opened]:
 def test_an_example_is_answered(opened: Opened) -> None:
     opened.page.get_by_role("button", name="Which bar is tallest?").click()
     opened.answered()
-    assert opened.word() == "orange"
+    soon(lambda: opened.word() == "orange")
     facts = opened.page.locator(".facts").inner_text()
     assert re.search(r"\d+ tokens · first after [\d.]+ s · \d+ tokens/s", facts)
 
@@ -220,16 +229,16 @@ def test_boxes_and_phrases_light_each_other(opened: Opened) -> None:
     page = opened.page
     opened.ask("the sign", "sign.png", mode="Locate")
     phrase, box = page.locator(".phrase"), page.locator(".drawn [data-box]")
-    assert phrase.inner_text() == "sign"
-    assert "<|" not in opened.word()
-    assert "lit" not in (box.get_attribute("class") or "")
+    soon(lambda: phrase.inner_text() == "sign")
+    soon(lambda: "<|" not in opened.word())
+    soon(lambda: "lit" not in (box.get_attribute("class") or ""))
     phrase.hover()
-    assert "lit" in (box.get_attribute("class") or "")
+    soon(lambda: "lit" in (box.get_attribute("class") or ""))
     box.hover()
-    assert "lit" in (phrase.get_attribute("class") or "")
+    soon(lambda: "lit" in (phrase.get_attribute("class") or ""))
     page.mouse.move(2, 2)
-    assert "lit" not in (box.get_attribute("class") or "")
-    assert re.fullmatch(r"sign \d+\s%", page.locator(".drawn .plate text").text_content() or "")
+    soon(lambda: "lit" not in (box.get_attribute("class") or ""))
+    soon(lambda: re.fullmatch(r"sign \d+\s%", page.locator(".drawn .plate text").text_content() or ""))
     # where it is drawn is where the server says it is
     reply = page.locator(".facts")
     reply.click()
@@ -250,11 +259,11 @@ def test_what_the_model_saw_and_how_sure_it_was(opened: Opened) -> None:
         "290×200 px, seen at 256×176 px in one view of 256 px; 100 tokens"
         in page.locator("figcaption").inner_text()
     )
-    assert page.locator(".tiles text").text_content() == "1 · 100 tokens"
+    soon(lambda: page.locator(".tiles text").text_content() == "1 · 100 tokens")
     page.get_by_role("button", name="Confidence").click()
     tokens = page.get_by_test_id("sure").locator(".token")
-    assert "".join(tokens.all_inner_texts()).strip() == "WALL"
-    assert re.match(r"\d+\s%", tokens.first.get_attribute("title") or "")
+    soon(lambda: "".join(tokens.all_inner_texts()).strip() == "WALL")
+    soon(lambda: re.match(r"\d+\s%", tokens.first.get_attribute("title") or ""))
 
 
 def test_tiles_lie_where_the_model_cut_them(opened: Opened) -> None:
@@ -266,7 +275,9 @@ def test_tiles_lie_where_the_model_cut_them(opened: Opened) -> None:
         "nodes => nodes.map(node => ['x', 'y', 'width'].map(name => Number(node.getAttribute(name))))"
     )
     assert places == [[x, y, 100] for y in (0, 100) for x in (-5, 95, 195)]  # 5 px of padding on each side
-    assert "3×2 tiles of 100 px; 180 tokens, 25 a tile" in opened.page.locator("figcaption").inner_text()
+    soon(
+        lambda: "3×2 tiles of 100 px; 180 tokens, 25 a tile" in opened.page.locator("figcaption").inner_text()
+    )
 
 
 def stream_instead(page: "Page", text: str, **more: object) -> None:
@@ -289,8 +300,8 @@ def test_boxes_appear_while_the_answer_streams_and_stop_stops_the_server(
     before = cancelled(server)
     opened.page.get_by_role("button", name="Stop").click()
     opened.page.locator("[data-state=stopped]").wait_for()
-    assert "Stopped." in opened.page.locator(".reply").inner_text()
-    assert opened.word() != ""
+    soon(lambda: "Stopped." in opened.page.locator(".reply").inner_text())
+    soon(lambda: opened.word() != "")
     for _ in range(50):
         if cancelled(server) > before:
             break
@@ -299,7 +310,7 @@ def test_boxes_appear_while_the_answer_streams_and_stop_stops_the_server(
     opened.page.unroute_all()
     opened.page.get_by_role("button", name="Answer again").click()
     opened.answered()
-    assert opened.word() == "sign"
+    soon(lambda: opened.word() == "sign")
 
 
 def endless(page: "Page") -> None:
@@ -326,7 +337,7 @@ def test_versions_branches_and_pictures_of_earlier_turns(opened: Opened) -> None
     opened.ask("What colour is the sign?")  # the picture is that of the turn before
     opened.page.get_by_test_id("user").nth(1).wait_for()
     opened.answered(count=2)
-    assert opened.word() == "yellow"
+    soon(lambda: opened.word() == "yellow")
     first = page.get_by_test_id("user").first
     first.hover()
     first.get_by_role("button", name="Edit").click()
@@ -335,11 +346,11 @@ def test_versions_branches_and_pictures_of_earlier_turns(opened: Opened) -> None
     editor.press("Enter")
     page.get_by_test_id("user").get_by_role("group", name="Version 2 of 2").wait_for()
     opened.answered()
-    assert page.get_by_test_id("user").count() == 1
-    assert "green" in opened.word()
+    soon(lambda: page.get_by_test_id("user").count() == 1)
+    soon(lambda: "green" in opened.word())
     page.get_by_test_id("user").get_by_role("button", name="Earlier version").click()
-    assert page.get_by_test_id("user").count() == 2
-    assert opened.word() == "yellow"
+    soon(lambda: page.get_by_test_id("user").count() == 2)
+    soon(lambda: opened.word() == "yellow")
 
 
 def test_several_pictures_are_ordered_and_reordered(opened: Opened) -> None:
@@ -352,16 +363,16 @@ def test_several_pictures_are_ordered_and_reordered(opened: Opened) -> None:
     ]
     strip.first.focus()
     page.keyboard.press("Alt+ArrowRight")
-    assert strip.first.get_attribute("aria-label") == "Picture 1: shapes.png"
+    soon(lambda: strip.first.get_attribute("aria-label") == "Picture 1: shapes.png")
     page.locator("#question").focus()
     page.keyboard.press("Enter")
     opened.answered()
-    assert opened.word() == "WALL"
+    soon(lambda: opened.word() == "WALL")
     page.locator(".shot").first.click()
     page.get_by_label("Compare with").select_option(label="sign.png")
-    assert page.locator(".pane").count() == 2
+    soon(lambda: page.locator(".pane").count() == 2)
     page.keyboard.press("+")
-    assert page.locator(".zoom").inner_text() == "130%"
+    soon(lambda: page.locator(".zoom").inner_text() == "130%")
     page.keyboard.press("Escape")
     page.get_by_test_id("viewer").wait_for(state="detached")
 
@@ -380,7 +391,7 @@ def test_dropped_and_pasted_files_are_taken(opened: Opened) -> None:
         page.evaluate(bring, [kind, content])
         page.locator(".foot .strip li").nth(number).wait_for()
     page.evaluate(bring, ["drop", [1, 2, 3]])
-    assert "drop.png is no picture" in page.get_by_role("alert").inner_text()
+    soon(lambda: "drop.png is no picture" in page.get_by_role("alert").inner_text())
 
 
 def test_a_picture_comes_from_the_camera(opened: Opened) -> None:
@@ -388,7 +399,7 @@ def test_a_picture_comes_from_the_camera(opened: Opened) -> None:
     page.get_by_role("button", name="Take a picture").click()
     page.get_by_role("button", name="Take it").click()
     page.locator(".foot .strip li").wait_for()
-    assert "camera" in (page.locator(".foot .strip li").get_attribute("aria-label") or "")
+    soon(lambda: "camera" in (page.locator(".foot .strip li").get_attribute("aria-label") or ""))
 
 
 def test_a_picture_comes_from_an_address(browser: "Browser", start: Start) -> None:
@@ -397,12 +408,12 @@ def test_a_picture_comes_from_an_address(browser: "Browser", start: Start) -> No
     page.get_by_role("button", name="Picture from a web address").click()
     page.get_by_label("Address of a picture").fill("http://127.0.0.1:9/x.png")
     page.get_by_role("button", name="Add", exact=True).click()
-    assert "not one that may be fetched" in page.locator(".wrong").inner_text()
+    soon(lambda: "not one that may be fetched" in page.locator(".wrong").inner_text())
     page.get_by_label("Address of a picture").fill((EXAMPLES / "sign.png").as_uri())
     page.get_by_label("Address of a picture").press("Enter")
     page.locator(".foot .strip li").wait_for()
     opened.ask("What does the sign say?")
-    assert opened.word() == "WALL"
+    soon(lambda: opened.word() == "WALL")
     opened.context.close()
 
 
@@ -416,7 +427,7 @@ def test_a_long_scan_is_cut_into_pages(opened: Opened, tmp_path: Path) -> None:
     )
     assert [width for width, _ in sizes] == [300] * len(sizes)
     assert 1000 < sum(height for _, height in sizes) < 1300  # all of it, and a little twice
-    assert opened.page.get_by_label("Answer each picture on its own").is_checked()
+    soon(lambda: opened.page.get_by_label("Answer each picture on its own").is_checked())
 
 
 def test_a_region_is_asked_about_as_the_paper_does(opened: Opened) -> None:
@@ -436,7 +447,7 @@ def test_a_region_is_asked_about_as_the_paper_does(opened: Opened) -> None:
 
     wanted = re.compile("^In the first image, an object within the red")  # the copy is drawn meanwhile
     expect(page.locator("#question")).to_have_value(wanted)
-    assert page.locator(".foot").get_by_role("radio", name="Grounded answer").is_checked()
+    soon(lambda: page.locator(".foot").get_by_role("radio", name="Grounded answer").is_checked())
     names = [item.get_attribute("aria-label") for item in page.locator(".foot .strip li").all()]
     assert names == ["Picture 1: shapes-marked.png", "Picture 2: shapes.png"]
 
@@ -448,13 +459,13 @@ def test_a_pdf_is_answered_page_by_page(opened: Opened, tmp_path: Path) -> None:
     opened.page.get_by_test_id("files").set_input_files(tmp_path / "two.pdf")
     opened.page.locator(".foot .strip li").nth(1).wait_for()
     opened.page.locator(".foot .progress").wait_for(state="detached")
-    assert opened.page.get_by_label("Answer each picture on its own").is_checked()
+    soon(lambda: opened.page.get_by_label("Answer each picture on its own").is_checked())
     opened.page.locator("#question").fill("What does the sign say?")
     opened.page.locator("#question").press("Enter")
     opened.answered(count=2)
-    assert opened.page.locator(".page").all_inner_texts() == ["Page 1 of 2", "Page 2 of 2"]
-    assert opened.page.get_by_test_id("words").first.inner_text().strip() == "WALL"
-    assert "2 of 2 answered" in opened.page.locator(".pages").inner_text()
+    soon(lambda: opened.page.locator(".page").all_inner_texts() == ["Page 1 of 2", "Page 2 of 2"])
+    soon(lambda: opened.page.get_by_test_id("words").first.inner_text().strip() == "WALL")
+    soon(lambda: "2 of 2 answered" in opened.page.locator(".pages").inner_text())
 
 
 def test_the_history_is_kept_exported_deleted_and_brought_back(opened: Opened, tmp_path: Path) -> None:
@@ -463,8 +474,8 @@ def test_the_history_is_kept_exported_deleted_and_brought_back(opened: Opened, t
     page.reload()
     opened.ready()
     page.locator(".sidebar .chat").click()
-    assert opened.word() == "WALL"
-    assert page.locator(".shot img").count() == 1
+    soon(lambda: opened.word() == "WALL")
+    soon(lambda: page.locator(".shot img").count() == 1)
     with page.expect_download() as exporting:
         page.get_by_role("button", name="Export").click()
     exporting.value.save_as(tmp_path / "chats.json")
@@ -473,7 +484,7 @@ def test_the_history_is_kept_exported_deleted_and_brought_back(opened: Opened, t
     page.locator(".sidebar .chat").wait_for(state="detached")
     page.get_by_test_id("import").set_input_files(tmp_path / "chats.json")
     page.locator(".sidebar .chat").wait_for()
-    assert opened.word() == "WALL"
+    soon(lambda: opened.word() == "WALL")
     page.get_by_test_id("import").set_input_files(EXAMPLES / "sign.png")
     page.get_by_text("This file holds no chats of this page.").wait_for()
 
@@ -533,12 +544,12 @@ def test_an_error_stands_in_its_place_and_can_be_tried_again(browser: "Browser",
     opened.write("What does the sign say?", "sign.png")
     opened.page.keyboard.press("Enter")
     trouble = opened.page.locator(".trouble")
-    assert "too many wait" in trouble.inner_text()
-    assert "Wait a little and try again. The server says: after 5 s." in trouble.inner_text()
+    soon(lambda: "too many wait" in trouble.inner_text())
+    soon(lambda: "Wait a little and try again. The server says: after 5 s." in trouble.inner_text())
     opened.page.unroute_all()
     trouble.get_by_role("button", name="Try again").click()
     opened.answered()
-    assert opened.word() == "WALL"
+    soon(lambda: opened.word() == "WALL")
     opened.context.close()
 
 
@@ -552,7 +563,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(browser: "Browser", start: Star
     opened.ready()
     opened.page.get_by_role("button", name="Which bar is tallest?").click()
     opened.answered()
-    assert opened.word() == "orange"
+    soon(lambda: opened.word() == "orange")
     opened.context.close()
 
 
@@ -564,41 +575,41 @@ def test_markdown_brings_no_html_and_no_remote_picture(opened: Opened, server: R
     stream_instead(opened.page, evil)
     opened.ask("hi")
     words = opened.page.get_by_test_id("words")
-    assert words.locator("strong").inner_text() == "bold"
-    assert words.locator("img, script").count() == 0
+    soon(lambda: words.locator("strong").inner_text() == "bold")
+    soon(lambda: words.locator("img, script").count() == 0)
     links = words.locator("a")
-    assert [link.get_attribute("href") for link in links.all()] == ["", "https://example.org/"]
-    assert "noopener" in (links.last.get_attribute("rel") or "")
+    soon(lambda: [link.get_attribute("href") for link in links.all()] == ["", "https://example.org/"])
+    soon(lambda: "noopener" in (links.last.get_attribute("rel") or ""))
     opened.page.unroute_all()
 
 
 def test_dark_and_light(browser: "Browser", server: Running) -> None:
     opened = Opened(browser, server.url, color_scheme="dark").ready()
     ground = "getComputedStyle(document.body).backgroundColor"
-    assert opened.page.evaluate(ground) == "rgb(20, 21, 23)"
+    soon(lambda: opened.page.evaluate(ground) == "rgb(20, 21, 23)")
     opened.page.get_by_role("button", name="Light or dark").click()
-    assert opened.page.evaluate(ground) == "rgb(247, 247, 245)"
+    soon(lambda: opened.page.evaluate(ground) == "rgb(247, 247, 245)")
     opened.page.reload()
     opened.ready()
-    assert opened.page.evaluate(ground) == "rgb(247, 247, 245)"
+    soon(lambda: opened.page.evaluate(ground) == "rgb(247, 247, 245)")
     opened.context.close()
 
 
 def test_chinese_by_browser_and_switched(browser: "Browser", server: Running) -> None:
     opened = Opened(browser, server.url, locale="zh-CN").ready()
-    assert opened.page.get_by_role("heading", level=1).inner_text() == "向图片提问"
-    assert opened.page.evaluate("document.documentElement.lang") == "zh-CN"
+    soon(lambda: opened.page.get_by_role("heading", level=1).inner_text() == "向图片提问")
+    soon(lambda: opened.page.evaluate("document.documentElement.lang") == "zh-CN")
     opened.page.get_by_role("button", name="English").click()
-    assert opened.page.get_by_role("heading", level=1).inner_text() == "Ask about pictures"
+    soon(lambda: opened.page.get_by_role("heading", level=1).inner_text() == "Ask about pictures")
     opened.page.reload()
-    assert opened.ready().page.get_by_role("heading", level=1).inner_text() == "Ask about pictures"
+    soon(lambda: opened.ready().page.get_by_role("heading", level=1).inner_text() == "Ask about pictures")
     opened.context.close()
 
 
 def test_the_width_of_a_phone(browser: "Browser", server: Running) -> None:
     phone = {"viewport": {"width": 390, "height": 780}, "is_mobile": True, "has_touch": True}
     opened = Opened(browser, server.url, **phone).ready()
-    assert opened.page.locator(".sidebar").count() == 0
+    soon(lambda: opened.page.locator(".sidebar").count() == 0)
     opened.page.get_by_role("button", name="Locate the sign").tap()
     opened.answered()
     for selector in ("html", ".conversation", ".foot"):
@@ -612,14 +623,14 @@ def test_the_width_of_a_phone(browser: "Browser", server: Running) -> None:
 def test_keys(opened: Opened) -> None:
     page = opened.page
     page.keyboard.press("Alt+4")
-    assert page.locator(".foot").get_by_role("radio", name="Locate").is_checked()
+    soon(lambda: page.locator(".foot").get_by_role("radio", name="Locate").is_checked())
     page.keyboard.press("/")
-    assert page.evaluate("document.activeElement.id") == "question"
+    soon(lambda: page.evaluate("document.activeElement.id") == "question")
     page.keyboard.type("a?")  # while typing it is a letter
-    assert page.locator("#question").input_value() == "a?"
+    soon(lambda: page.locator("#question").input_value() == "a?")
     page.locator("#question").blur()
     page.keyboard.press("?")
-    assert page.get_by_role("dialog", name="Keyboard shortcuts").is_visible()
+    soon(lambda: page.get_by_role("dialog", name="Keyboard shortcuts").is_visible())
     page.keyboard.press("Escape")
     page.get_by_role("dialog").wait_for(state="detached")
 
@@ -639,11 +650,11 @@ def test_parameters_change_the_request_and_are_reset(opened: Opened) -> None:
     page.get_by_label("Temperature").last.fill("0")
     page.keyboard.press("Escape")
     opened.ask("Describe the picture.", "chart.png")
-    assert "Cut at the limit of tokens." in page.locator(".reply").inner_text()
+    soon(lambda: "Cut at the limit of tokens." in page.locator(".reply").inner_text())
     page.locator(".facts").click()
     page.get_by_role("tab", name="Request").click()
-    assert '"temperature": 0,' in page.locator(".block pre").inner_text()
+    soon(lambda: '"temperature": 0,' in page.locator(".block pre").inner_text())
     page.get_by_role("button", name="Parameters").click()
     page.get_by_role("button", name="Reset").click()
-    assert page.get_by_label("Most new tokens").input_value() == ""
-    assert page.get_by_label("Temperature").last.input_value() == "0.1"
+    soon(lambda: page.get_by_label("Most new tokens").input_value() == "")
+    soon(lambda: page.get_by_label("Temperature").last.input_value() == "0.1")
