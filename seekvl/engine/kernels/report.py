@@ -85,11 +85,12 @@ def compare_with_torch() -> str:
         found = packed_linear(x, packed, kind=kind, rows=WIDTH, level=level)
         _product(f"a product of {kind}", found, rounded_inputs(x, kind=kind), values, level=level)
     configs = (LATENT, replace(LATENT, mla=None))
-    step = max(float(step_differences(config, level=level).max()) for config in configs)
+    step = _largest([float(step_differences(config, level=level).max()) for config in configs])
     _check("a decoding step", step, limit=STEP_LIMIT, level=level)
     packed_step = max(_packed_step(config, kind, level=level) for config in configs for kind in KINDS)
     prompts = [prompt_difference(config, level=level) for config in configs]
-    prompt = max((found for found in prompts if found is not None), default=None)
+    told = [found for found in prompts if found is not None]
+    prompt = _largest(told) if told else None
     if prompt is not None:
         _check("a prompt", prompt, limit=STEP_LIMIT, level=level)
     tower = tower_difference(level=level)
@@ -116,6 +117,15 @@ def _product(what: str, found: Tensor, x: Tensor, weight: Tensor, *, level: str)
     worst = float((found.double() - x.double() @ weight.double().T).abs().max())
     _check(what, worst, limit=WIDTH * 2.0**-24 * float((x.abs() @ weight.abs().T).max()), level=level)
     return worst
+
+
+def _largest(differences: list[float]) -> float:
+    """Return the largest difference; NaN, which Python's own `max` may pass over, where one is.
+
+    >>> _largest([0.5, float("nan")])
+    nan
+    """
+    return float(torch.tensor(differences, dtype=torch.float64).max())
 
 
 def _check(what: str, found: float, *, limit: float, level: str) -> None:

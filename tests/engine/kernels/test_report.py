@@ -122,3 +122,11 @@ def test_a_wrong_quantised_product_is_an_error(native: Library, monkeypatch: pyt
     monkeypatch.setattr(report, "packed_linear", lambda *args, **more: packed_linear(*args, **more) + 0.5)
     with pytest.raises(SeekVLError, match=r"differs by 5\.0e-01 from torch in a product of int8, at"):
         compare_with_torch()
+
+
+def test_a_difference_that_is_no_number_is_told(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    found = iter((torch.tensor([0.0]), torch.tensor([torch.nan])))
+    monkeypatch.setattr(report, "step_differences", lambda *_, **__: next(found))
+    with pytest.raises(SeekVLError, match="a decoding step"):
+        compare_with_torch()
