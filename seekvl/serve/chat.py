@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -255,7 +255,7 @@ def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, object
     return {"token": raw.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
 
-async def stream(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> AsyncIterator[bytes]:
+async def stream(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> AsyncGenerator[bytes, None]:
     """Yield the events of all choices as their pieces come, then the usage and the end."""
     with_usage = chat.asked.stream_options is not None and chat.asked.stream_options.include_usage
     completions: dict[int, Completion] = {}

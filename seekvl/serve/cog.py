@@ -1,9 +1,9 @@
 """The predictions API in Cog's style: one model, at the root of the server."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from seekvl.serve import events
 from seekvl.serve.desk import Desk, base_of, desk_of, until_disconnected
@@ -91,26 +91,23 @@ async def _predict(request: Request, body: PredictionRequest, *, name: str | Non
         raise _busy(error) from error
     if streamed:
         run.replied = True
-        return StreamingResponse(events.kept_alive(stream(run, base=base)), headers=events.HEADERS)
+        return events.EventStream(stream(run, base=base), ended=run.cancel)
     return JSONResponse(run.prediction.told(base))
 
 
-async def stream(run: Run, *, base: str) -> AsyncIterator[bytes]:
-    """Yield Cog's events of a run; leaving early stops it."""
-    try:
-        yield events.event("start", {"id": run.prediction.id, "status": "processing"})
-        index = 0
-        async for kind, text in run.follow():
-            if kind == "output":
-                yield events.event("output", {"chunk": text, "index": index})
-                index += 1
-            else:
-                yield events.event("log", {"source": "stdout", "data": text})
-        for name, value in run.prediction.metrics.items():
-            yield events.event("metric", {"name": name, "value": value, "mode": "replace"})
-        yield events.event("completed", run.prediction.told(base))
-    finally:
-        run.cancel()
+async def stream(run: Run, *, base: str) -> AsyncGenerator[bytes, None]:
+    """Yield Cog's events of a run."""
+    yield events.event("start", {"id": run.prediction.id, "status": "processing"})
+    index = 0
+    async for kind, text in run.follow():
+        if kind == "output":
+            yield events.event("output", {"chunk": text, "index": index})
+            index += 1
+        else:
+            yield events.event("log", {"source": "stdout", "data": text})
+    for name, value in run.prediction.metrics.items():
+        yield events.event("metric", {"name": name, "value": value, "mode": "replace"})
+    yield events.event("completed", run.prediction.told(base))
 
 
 def _busy(error: ApiError) -> ApiError:

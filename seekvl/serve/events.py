@@ -1,9 +1,10 @@
 """Event streams: what goes over the wire, and the comments that keep proxies from closing it."""
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -31,19 +32,21 @@ DECLARED: dict[int | str, dict[str, Any]] = {
 
 
 class EventStream(StreamingResponse):
-    """Sends events, with a comment whenever none has come for so long.
+    """Sends events, with a comment whenever none has come for so long; where the caller leaves, what makes
+    them is closed.
 
-    It says when it is over, also where the caller left before the first event was drawn.
+    `ended` is called when it is over, also where the caller left before the first event was drawn.
     """
 
     def __init__(
         self,
-        chunks: AsyncIterator[bytes],
+        chunks: AsyncGenerator[bytes, None],
         *,
-        ended: Callable[[], None],
+        ended: Callable[[], None] = lambda: None,
         seconds: float = KEEP_ALIVE_SECONDS,
     ) -> None:
         super().__init__(chunks, headers=HEADERS)
+        self._chunks = chunks
         self._ended = ended
         self._seconds = seconds
 
@@ -69,9 +72,10 @@ class EventStream(StreamingResponse):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         commenting = asyncio.create_task(comments())
         try:
-            async for chunk in self.body_iterator:
-                sent = time.monotonic()
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async with contextlib.aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    sent = time.monotonic()
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         finally:
             commenting.cancel()
             await asyncio.gather(commenting, return_exceptions=True)
@@ -113,28 +117,3 @@ def _lines(text: str) -> list[str]:
     """
     cut = text.splitlines()
     return [*cut, ""] if not text or text.splitlines(keepends=True)[-1] != cut[-1] else cut
-
-
-async def kept_alive(
-    events: AsyncIterator[bytes], *, seconds: float = KEEP_ALIVE_SECONDS
-) -> AsyncIterator[bytes]:
-    """Pass events on, with a comment whenever none has come for so long."""
-    coming: asyncio.Future[bytes] | None = None
-    try:
-        while True:
-            if coming is None:
-                coming = asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait([coming], timeout=seconds)
-            if not done:
-                yield COMMENT
-                continue
-            finished, coming = coming, None
-            try:
-                yield finished.result()
-            except StopAsyncIteration:
-                return
-    finally:
-        if coming is not None:
-            coming.cancel()
-            await asyncio.gather(coming, return_exceptions=True)
-        await events.aclose()  # type: ignore[attr-defined]  # always an async generator

@@ -1,10 +1,10 @@
 """The predictions API in the shape of the hosted one, as the Replicate client speaks it."""
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from seekvl.serve import events
 from seekvl.serve.desk import Desk, base_of, desk_of, until_disconnected
@@ -70,7 +70,7 @@ async def stream(request: Request, prediction_id: str) -> Response:
     desk = desk_of(request)
     run = desk.live.get(prediction_id)
     steps = finished(await _find(prediction_id, desk)) if run is None else running(run)
-    return StreamingResponse(events.kept_alive(steps), headers=events.HEADERS)
+    return events.EventStream(steps)
 
 
 @router.get("/v1/models/{owner}/{name}/versions")
@@ -128,7 +128,7 @@ def wait_seconds(prefer: str) -> int | None:
     return min(max(int(found[1] or MOST_WAIT), LEAST_WAIT), MOST_WAIT)
 
 
-async def running(run: Run) -> AsyncIterator[bytes]:
+async def running(run: Run) -> AsyncGenerator[bytes, None]:
     """Yield the events of a run; each has a number, without which the client drops it."""
     number = 0
     async for kind, text in run.follow():
@@ -138,7 +138,7 @@ async def running(run: Run) -> AsyncIterator[bytes]:
         yield each
 
 
-async def finished(found: Prediction) -> AsyncIterator[bytes]:
+async def finished(found: Prediction) -> AsyncGenerator[bytes, None]:
     """Yield what a stream of a prediction that has ended would have said, in one piece."""
     number, text = 0, _text(found.output)
     for kind, said in (("logs", found.logs), ("output", text)):

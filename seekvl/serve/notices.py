@@ -1,12 +1,10 @@
 """What a caller should know of how a request was served: pictures seen smaller than they are, limits met."""
 
-from collections.abc import Sequence
-
 from seekvl.engine.request import Completion
 from seekvl.processing import pad_image, tile_image
 from seekvl.processing.encode import ModelInput, Processor
 from seekvl.processing.pad_image import PadImageConfig
-from seekvl.processing.tile_image import WHOLE, plan_grid
+from seekvl.processing.tile_image import WHOLE, Grid, plan_grid
 
 
 def seen(inputs: ModelInput, processor: Processor) -> list[dict[str, object]]:
@@ -17,7 +15,6 @@ def seen(inputs: ModelInput, processor: Processor) -> list[dict[str, object]]:
     """
     image = processor.image
     side = image.patch_slots_side if isinstance(image, PadImageConfig) else image.view_side
-    grids = inputs.grids or (WHOLE,) * len(inputs.picture_sizes)
     return [
         {
             "size": list(size),
@@ -28,28 +25,28 @@ def seen(inputs: ModelInput, processor: Processor) -> list[dict[str, object]]:
             "tile": image.image_size,
             "tile_tokens": side**2,
         }
-        for size, grid, tokens in zip(inputs.picture_sizes, grids, inputs.bill.image_tokens, strict=True)
+        for (size, grid), tokens in zip(_views(inputs), inputs.bill.image_tokens, strict=True)
     ]
 
 
 def notices(inputs: ModelInput, processor: Processor) -> list[str]:
     """Return a sentence for each picture that was shrunk or given fewer tiles than it might have had."""
     lines = []
-    for number, (size, scaled) in enumerate(
-        zip(inputs.picture_sizes, _all_scaled(inputs, processor), strict=True), 1
-    ):
+    for number, (size, grid) in enumerate(_views(inputs), 1):
+        scaled = _scaled(size, grid, processor)
         if scaled[0] < size[0] or scaled[1] < size[1]:
             lines.append(
                 f"picture {number} of {size[0]}x{size[1]} px was scaled down to {scaled[0]}x{scaled[1]} px"
             )
-    if inputs.grids is not None and not isinstance(processor.image, PadImageConfig):
-        for number, (size, grid) in enumerate(zip(inputs.picture_sizes, inputs.grids, strict=True), 1):
-            free = plan_grid(size, processor.image)
-            if grid[0] * grid[1] < free[0] * free[1]:
-                lines.append(
-                    f"picture {number} was cut into {grid[0]}x{grid[1]} tiles; alone and without a bound it "
-                    f"would have had {free[0]}x{free[1]}"
-                )
+    if isinstance(processor.image, PadImageConfig):
+        return lines
+    for number, (size, grid) in enumerate(_views(inputs), 1):
+        free = plan_grid(size, processor.image)
+        if grid[0] * grid[1] < free[0] * free[1]:
+            lines.append(
+                f"picture {number} was cut into {grid[0]}x{grid[1]} tiles; alone and without a bound it "
+                f"would have had {free[0]}x{free[1]}"
+            )
     return lines
 
 
@@ -62,12 +59,13 @@ def limits_met(completion: Completion, *, asked: int | None) -> list[str]:
     return []
 
 
-def _all_scaled(inputs: ModelInput, processor: Processor) -> Sequence[tuple[int, int]]:
+def _views(inputs: ModelInput) -> list[tuple[tuple[int, int], Grid]]:
+    """Return width and height in px of each picture, and its grid of tiles."""
     grids = inputs.grids or (WHOLE,) * len(inputs.picture_sizes)
-    return [_scaled(size, grid, processor) for size, grid in zip(inputs.picture_sizes, grids, strict=True)]
+    return list(zip(inputs.picture_sizes, grids, strict=True))
 
 
-def _scaled(size: tuple[int, int], grid: tuple[int, int], processor: Processor) -> tuple[int, int]:
+def _scaled(size: tuple[int, int], grid: Grid, processor: Processor) -> tuple[int, int]:
     """Return width and height in px at which the model sees a picture best."""
     image = processor.image
     if isinstance(image, PadImageConfig):

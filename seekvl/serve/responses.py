@@ -6,7 +6,7 @@ Nothing is kept between requests: a conversation is sent whole each time.
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -172,7 +172,7 @@ class Numbered:
         return events.event(name, {"type": name, "sequence_number": number, **fields})
 
 
-async def stream(asked: Asked, answerings: Sequence[Answering], *, desk: Desk) -> AsyncIterator[bytes]:
+async def stream(asked: Asked, answerings: Sequence[Answering], *, desk: Desk) -> AsyncGenerator[bytes, None]:
     """Yield the events of an answer as its pieces come."""
     write, stripper, tokens = Numbered(), Stripper(), list[dict[str, object]]()
     place = {"item_id": asked.item_id, "output_index": 0, "content_index": 0}

@@ -1,35 +1,17 @@
 """What goes over the wire, and the comments between."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
-from seekvl.serve.events import COMMENT, EventStream, data, event, kept_alive
+from seekvl.serve.events import COMMENT, EventStream, data, event
 
 
-async def collect(events: AsyncIterator[bytes], *, most: int = 100) -> list[bytes]:
-    found = []
-    async for each in events:
-        found.append(each)
-        if len(found) == most:
-            break
-    return found
-
-
-def test_comments_fill_the_time_while_nothing_comes() -> None:
-    async def slow() -> AsyncIterator[bytes]:
-        await asyncio.sleep(0.25)
-        yield b"data: 1\n\n"
-        yield b"data: 2\n\n"
-
-    found = asyncio.run(collect(kept_alive(slow(), seconds=0.1)))
-    assert found == [COMMENT, COMMENT, b"data: 1\n\n", b"data: 2\n\n"]
-    assert COMMENT.startswith(b":")
-
-
-async def sent(chunks: AsyncIterator[bytes], *, leave_after: float = 60.0) -> tuple[list[bytes], list[str]]:
+async def sent(
+    chunks: AsyncGenerator[bytes, None], *, leave_after: float = 60.0
+) -> tuple[list[bytes], list[str]]:
     """Let a response send its chunks to a caller who leaves; return what was sent, and what was told."""
     told: list[str] = []
     bodies: list[bytes] = []
@@ -47,7 +29,7 @@ async def sent(chunks: AsyncIterator[bytes], *, leave_after: float = 60.0) -> tu
 
 
 def test_a_response_fills_the_time_with_comments() -> None:
-    async def slow() -> AsyncIterator[bytes]:
+    async def slow() -> AsyncGenerator[bytes, None]:
         await asyncio.sleep(0.25)
         yield b"data: 1\n\n"
         yield b"data: 2\n\n"
@@ -55,12 +37,13 @@ def test_a_response_fills_the_time_with_comments() -> None:
     bodies, told = asyncio.run(sent(slow()))
     assert bodies == [b"", COMMENT, COMMENT, b"data: 1\n\n", b"data: 2\n\n", b""]
     assert told == ["ended"]
+    assert COMMENT.startswith(b":")
 
 
 def test_a_response_says_that_its_caller_left() -> None:
     ended = []
 
-    async def endless() -> AsyncIterator[bytes]:
+    async def endless() -> AsyncGenerator[bytes, None]:
         try:
             await asyncio.sleep(60)
             yield b"never"
@@ -76,7 +59,7 @@ def test_a_response_says_that_its_caller_left() -> None:
 def test_leaving_early_ends_what_makes_the_events() -> None:
     ended = []
 
-    async def endless() -> AsyncIterator[bytes]:
+    async def endless() -> AsyncGenerator[bytes, None]:
         try:
             while True:
                 yield b"x"
@@ -84,22 +67,18 @@ def test_leaving_early_ends_what_makes_the_events() -> None:
         finally:
             ended.append(True)
 
-    async def leave() -> None:
-        events = kept_alive(endless())
-        assert await anext(events) == b"x"
-        await events.aclose()  # type: ignore[attr-defined]
-
-    asyncio.run(leave())
+    bodies, _ = asyncio.run(sent(endless(), leave_after=0.1))
+    assert bodies[1] == b"x"
     assert ended == [True]
 
 
 def test_what_breaks_the_events_is_raised() -> None:
-    async def broken() -> AsyncIterator[bytes]:
+    async def broken() -> AsyncGenerator[bytes, None]:
         yield b"x"
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        asyncio.run(collect(kept_alive(broken())))
+        asyncio.run(sent(broken()))
 
 
 @pytest.mark.parametrize("mark", ["\n", "\r\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
