@@ -58,34 +58,36 @@ def next_token_loss(model: AnyVL, batch: Batch) -> Loss:
     """
     features = picture_features(model, batch)
     embeds = model.embed(batch.input_ids, image_mask=batch.image_mask, image_features=features)
-    hidden, record = _hidden(model, embeds, batch)  # b t d
-    weights = batch.loss_weights[:, 1:].flatten()
-    rows = weights.nonzero().squeeze(1)  # r
-    fill = -len(rows) % ROW_STEP
-    picked = hidden[:, :-1].flatten(0, 1)[rows]  # r d
+    weights = batch.loss_weights[:, 1:]
+    counted = weights != 0  # b t-1
+    picked, record = _picked(model, embeds, batch, counted=counted)  # r d
+    fill = -len(picked) % ROW_STEP
     logits = model.head(F.pad(picked, (0, 0, 0, fill)))  # r' v
-    targets = F.pad(batch.input_ids[:, 1:].flatten()[rows], (0, fill))
+    at = counted.nonzero(as_tuple=True)
+    targets = F.pad(batch.input_ids[:, 1:][at], (0, fill))
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    total = (losses * F.pad(weights[rows], (0, fill))).sum()
+    total = (losses * F.pad(weights[at], (0, fill))).sum()
     return Loss(total=total, weight=weights.sum(), record=record)
 
 
-def _hidden(model: AnyVL, embeds: Tensor, batch: Batch) -> tuple[Tensor, RouterRecord | None]:
-    """Return hidden states f[b, t, d] of embeddings, zeros behind the end of a part, and what routers did on
-    the way, where there are any.
+def _picked(
+    model: AnyVL, embeds: Tensor, batch: Batch, *, counted: Tensor
+) -> tuple[Tensor, RouterRecord | None]:
+    """Return the hidden states f[r, d] that predict the tokens counted in bool[b, t-1], and what routers did
+    on the way, where there are any. Parts of the batch go through the network one after the other.
     """
-    first, hidden, records = 0, [], []
+    first, picked, records = 0, [], []
     for rows, tokens in batch.parts:
         here = slice(first, first + rows), slice(tokens)
         if has_experts(model):
             record = RouterRecord(counted=batch.present[here])
             records.append((rows, record))
-            out = model.hidden(embeds[here], positions=batch.positions[here], record=record)
+            hidden = model.hidden(embeds[here], positions=batch.positions[here], record=record)
         else:
-            out = model.hidden(embeds[here], positions=batch.positions[here])
-        hidden.append(F.pad(out, (0, 0, 0, embeds.shape[1] - tokens)))
+            hidden = model.hidden(embeds[here], positions=batch.positions[here])
+        picked.append(hidden[:, :-1][counted[here[0], : tokens - 1]])
         first += rows
-    return torch.cat(hidden), RouterRecord.joined(records) if records else None
+    return torch.cat(picked), RouterRecord.joined(records) if records else None
 
 
 def picture_features(model: AnyVL, batch: Batch) -> Tensor | None:
