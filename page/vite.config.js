@@ -1,4 +1,6 @@
-import { readdirSync, readFileSync } from "node:fs";
+import { createHash } from "node:crypto";
+import { readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { resolve } from "node:path";
 import react from "@vitejs/plugin-react";
 import { defineConfig } from "vite";
 
@@ -34,9 +36,38 @@ const licences = () => ({
   },
 });
 
+/** Paths of all files below a folder, but for packages and what an editor hides. */
+const below = (folder) =>
+  readdirSync(folder, { withFileTypes: true })
+    .filter(({ name }) => name !== "node_modules" && !name.startsWith("."))
+    .flatMap((entry) => {
+      if (entry.isDirectory()) return below(`${folder}/${entry.name}`).map((path) => `${entry.name}/${path}`);
+      return [entry.name];
+    })
+    .sort();
+
+/** Writes down what was built from what: a test holds sources and built files to it. */
+const sums = () => {
+  let [sources, built] = ["", ""];
+  const lines = (folder) =>
+    below(folder)
+      .filter((path) => path !== "sums.txt")
+      .map((path) => `${createHash("sha256").update(readFileSync(`${folder}/${path}`)).digest("hex")}  ${path}\n`);
+  return {
+    name: "sums",
+    apply: "build",
+    configResolved({ root, build }) {
+      [sources, built] = [root, resolve(root, build.outDir)];
+    },
+    closeBundle() {
+      writeFileSync(`${built}/sums.txt`, ["sources\n", ...lines(sources), "built\n", ...lines(built)].join(""));
+    },
+  };
+};
+
 export default defineConfig({
   base: "/page/",
-  plugins: [react(), examples(), licences()],
+  plugins: [react(), examples(), licences(), sums()],
   build: {
     outDir: "../seekvl/serve/page",
     emptyOutDir: true,

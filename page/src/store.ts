@@ -436,9 +436,9 @@ function request(messages: Sent["messages"]): Sent {
     repetition_penalty: params.penalty === 1 ? undefined : params.penalty,
     max_completion_tokens: params.most ?? undefined,
     seed: params.seed ?? undefined,
-    max_tiles: params.tiles ?? undefined,
+    max_tiles: (modelOf(state)?.max_tiles && params.tiles) || undefined,
     logprobs: params.logprobs || undefined,
-    top_logprobs: params.logprobs ? 3 : undefined,
+    top_logprobs: params.logprobs ? 5 : undefined,
   };
   const set = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined));
   return { model, messages, ...set, stream: true, stream_options: { include_usage: true } };
@@ -520,6 +520,9 @@ export function answerAgain(): void {
   const asked = chatOf(state).turns[last.parent];
   if (asked?.role === "user") void answer(state.current, asked);
 }
+
+/** The model that is asked, once it is known. */
+export const modelOf = (now: State): api.Model | undefined => now.models.find((each) => each.id === now.model);
 
 /** Tokens the last answer left used, of the context. */
 export function used(chat: Chat): number {
