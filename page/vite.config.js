@@ -74,8 +74,11 @@ export default defineConfig({
     modulePreload: false, // its helper would be the only script that is not ours
     assetsInlineLimit: 0,
     rollupOptions: {
+      // what reads answers is a file of its own, which tests ask in a browser
+      input: { page: "index.html", grounding: "src/grounding.ts" },
+      preserveEntrySignatures: "exports-only",
       // names without hashes, so that a new build is a small change; the server tells copies apart by ETag
-      output: { entryFileNames: "page.js", chunkFileNames: "[name].js", assetFileNames: "[name][extname]" },
+      output: { entryFileNames: "[name].js", chunkFileNames: "[name].js", assetFileNames: "[name][extname]" },
     },
   },
   server: { proxy: { "/v1": "http://127.0.0.1:8000", "/health-check": "http://127.0.0.1:8000" } },

@@ -72,6 +72,7 @@ export const AssistantView = memo(function AssistantView({ chat, turn }: { chat:
   const running = useStore((now) => now.running[turn.id] !== undefined);
   const busy = useStore((now) => Object.keys(now.running).length > 0);
   const asked = chat.turns[turn.parent];
+  const question = asked?.role === "user" ? asked : null;
   const done = turn.replies.filter((reply) => reply.state === "done").length;
   return (
     <section className="turn assistant" aria-label={say("assistant")} aria-busy={running} data-testid="assistant">
@@ -82,12 +83,12 @@ export const AssistantView = memo(function AssistantView({ chat, turn }: { chat:
         </div>
       )}
       {turn.replies.map((reply, index) => (
-        <ReplyView key={index} reply={reply} turn={turn} index={index} chat={chat}>
+        <ReplyView key={index} reply={reply} turn={turn.id} model={turn.model} index={index} chat={chat.id} question={question}>
           {index === turn.replies.length - 1 && (
             <>
               <Versions chat={chat} turn={turn} />
-              {asked?.role === "user" && (
-                <IconButton icon="again" label={say("regenerate")} disabled={busy} onClick={() => void answer(chat.id, asked)} />
+              {question && (
+                <IconButton icon="again" label={say("regenerate")} disabled={busy} onClick={() => void answer(chat.id, question)} />
               )}
             </>
           )}
@@ -99,21 +100,23 @@ export const AssistantView = memo(function AssistantView({ chat, turn }: { chat:
 
 interface ReplyProps {
   reply: Reply;
-  turn: AssistantTurn;
+  /** Ids of the chat and of the turn, and whose answer it is. */
+  chat: string;
+  turn: string;
+  model: string;
   index: number;
-  chat: Chat;
+  question: UserTurn | null;
   children: React.ReactNode;
 }
 
-function ReplyView({ reply, turn, index, chat, children }: ReplyProps) {
+/** One answer; those of other pages stay as they are while one grows. */
+const ReplyView = memo(function ReplyView({ reply, chat, turn, model, index, question, children }: ReplyProps) {
   const say = useSay();
   const [lit, setLit] = useState<number | null>(null);
   const [sure, setSure] = useState(false);
   const [saw, setSaw] = useState(false);
   const [open, setOpen] = useState(false);
   const over = reply.state !== "waiting" && reply.state !== "streaming";
-  const asked = chat.turns[turn.parent];
-  const question = asked?.role === "user" ? asked : null;
   const lines = told(reply, reply.page ? 1 : (question?.pictures.length ?? 0), say);
   const boxless = reply.state === "done" && reply.boxes.length === 0 && BOXED.has(question?.mode ?? "ask");
   return (
@@ -133,8 +136,8 @@ function ReplyView({ reply, turn, index, chat, children }: ReplyProps) {
       {sure && over ? <Sure reply={reply} /> : <Answer reply={reply} lit={lit} onLight={setLit} />}
       {reply.state === "stopped" && <p className="muted small">{say("stopped")}</p>}
       {reply.finish === "length" && !lines.includes(say("contextFull")) && <p className="muted small">{say("cutShort")}</p>}
-      {reply.problem && <Trouble problem={reply.problem} onRetry={() => void retry(chat.id, turn, index)} />}
-      {boxless && <p className="muted small">{say(isNano(turn.model) ? "noBoxesNano" : "noBoxes")}</p>}
+      {reply.problem && <Trouble problem={reply.problem} onRetry={() => void retry(chat, turn, index)} />}
+      {boxless && <p className="muted small">{say(isNano(model) ? "noBoxesNano" : "noBoxes")}</p>}
       {lines.length > 0 && (
         <ul className="muted small">
           {lines.map((line) => (
@@ -156,7 +159,7 @@ function ReplyView({ reply, turn, index, chat, children }: ReplyProps) {
       {open && <Details reply={reply} />}
     </article>
   );
-}
+});
 
 /** Modes whose answers should have boxes. */
 const BOXED = new Set<Mode>(["locate", "grounded"]);
@@ -189,7 +192,7 @@ function facts(reply: Reply, say: Say): string {
 
 interface DrawnProps {
   reply: Reply;
-  turn: AssistantTurn;
+  turn: string;
   index: number;
   lit: number | null;
   onLight: (index: number | null) => void;
@@ -227,7 +230,7 @@ function Drawn({ reply, turn, index, lit, onLight, saw }: DrawnProps) {
                 label={`${picture.name}. ${boxes.map((box) => box.label).join(", ")}`}
               />
               <span className="corner">
-                <IconButton icon="expand" label={say("open")} onClick={() => set({ panel: { kind: "viewer", picture: picture.id, turn: turn.id, reply: index } })} />
+                <IconButton icon="expand" label={say("open")} onClick={() => set({ panel: { kind: "viewer", picture: picture.id, turn, reply: index } })} />
               </span>
             </div>
             {seen && <figcaption>{sawLine(seen, say)}</figcaption>}

@@ -367,7 +367,9 @@ export async function answer(chatId: string, asked: UserTurn): Promise<void> {
 }
 
 /** Answers one page, or the whole turn, once more in its place: for what failed. */
-export async function retry(chatId: string, turn: AssistantTurn, index: number): Promise<void> {
+export async function retry(chatId: string, id: string, index: number): Promise<void> {
+  const turn = state.chats.find((chat) => chat.id === chatId)?.turns[id];
+  if (turn?.role !== "assistant") return;
   const page = turn.replies[index]?.page ?? null;
   change(chatId, (chat) => replied(chat, turn.id, index, { ...newReply(), page }));
   await withStop(turn.id, (signal) =>
