@@ -21,7 +21,7 @@ export const UserView = memo(function UserView({ chat, turn }: { chat: Chat; tur
   const busy = useStore((now) => Object.keys(now.running).length > 0);
   if (draft) {
     return (
-      <section className="turn user editing" aria-label={say("edit")}>
+      <div role="group" className="turn user editing" aria-label={say("edit")}>
         <Composer
           draft={draft}
           change={(how) => setDraft((old) => (old ? how(old) : old))}
@@ -32,12 +32,12 @@ export const UserView = memo(function UserView({ chat, turn }: { chat: Chat; tur
             void submit(changed, turn.parent);
           }}
         />
-      </section>
+      </div>
     );
   }
   const begin = () => setDraft({ text: turn.text, mode: turn.mode, pictures: turn.pictures, pageByPage: turn.pageByPage });
   return (
-    <section className="turn user" aria-label={say("you")} data-testid="user">
+    <div role="group" className="turn user" aria-label={say("you")} data-testid="user">
       {turn.pictures.length > 0 && (
         <div className={`shots ${turn.pictures.length === 1 ? "single" : ""}`}>
           {turn.pictures.map((id, index) => {
@@ -63,7 +63,7 @@ export const UserView = memo(function UserView({ chat, turn }: { chat: Chat; tur
           {readable(turn.text)}
         </div>
       </div>
-    </section>
+    </div>
   );
 });
 
@@ -75,7 +75,7 @@ export const AssistantView = memo(function AssistantView({ chat, turn }: { chat:
   const question = asked?.role === "user" ? asked : null;
   const done = turn.replies.filter((reply) => reply.state === "done").length;
   return (
-    <section className="turn assistant" aria-label={say("assistant")} aria-busy={running} data-testid="assistant">
+    <div role="group" className="turn assistant" aria-label={say("assistant")} aria-busy={running} data-testid="assistant">
       {turn.replies.length > 1 && (
         <div className="pages" role="status">
           <progress max={turn.replies.length} value={done} aria-label={say("pagesProgress", { done, of: turn.replies.length })} />
@@ -94,7 +94,7 @@ export const AssistantView = memo(function AssistantView({ chat, turn }: { chat:
           )}
         </ReplyView>
       ))}
-    </section>
+    </div>
   );
 });
 

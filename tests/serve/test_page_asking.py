@@ -81,6 +81,10 @@ def test_several_pictures_are_ordered_and_reordered(opened: Opened) -> None:
     strip.first.focus()
     page.keyboard.press("Alt+ArrowRight")
     soon(lambda: strip.first.get_attribute("aria-label") == "Picture 1: shapes.png")
+    strip.first.drag_to(strip.last)
+    soon(lambda: strip.first.get_attribute("aria-label") == "Picture 1: sign.png")
+    strip.first.get_by_role("button", name="Move to the right").click()
+    soon(lambda: strip.first.get_attribute("aria-label") == "Picture 1: shapes.png")
     page.locator("#question").focus()
     page.keyboard.press("Enter")
     opened.answered()
@@ -126,6 +130,7 @@ def test_a_picture_comes_from_an_address(visit: Visit, start: Start) -> None:
     page.get_by_label("Address of a picture").fill("http://127.0.0.1:9/x.png")
     page.get_by_role("button", name="Add", exact=True).click()
     soon(lambda: "not one that may be fetched" in page.locator(".wrong").inner_text())
+    opened.forgive(400)
     page.get_by_label("Address of a picture").fill((EXAMPLES / "sign.png").as_uri())
     page.get_by_label("Address of a picture").press("Enter")
     page.locator(".foot .strip li").wait_for()
@@ -153,7 +158,8 @@ def test_a_pdf_is_answered_page_by_page(opened: Opened, tmp_path: Path) -> None:
     opened.page.evaluate("""() => {
         window.told = new Set();
         const look = () => document.querySelectorAll(".progress").forEach(node => told.add(node.textContent));
-        new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
+        const all = {childList: true, subtree: true, characterData: true};
+        new MutationObserver(look).observe(document.body, all);
     }""")
     opened.page.get_by_test_id("files").set_input_files(tmp_path / "two.pdf")
     opened.page.locator(".foot .strip li").nth(1).wait_for()
@@ -349,7 +355,7 @@ def test_a_prompt_that_is_too_long_says_what_to_do(opened: Opened) -> None:
 
 
 def test_notices_of_the_server_are_told_once(opened: Opened) -> None:
-    """A picture that was scaled down for the first question is so for the second, too; nobody reads it twice."""
+    """What was scaled down for the first question is so for the second, too; nobody reads it twice."""
     opened.ask("What does the sign say?", "sign.png")
     opened.ask("How many objects are there?", "shapes.png", count=2)
     replies = opened.page.locator(".reply")

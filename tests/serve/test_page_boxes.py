@@ -272,6 +272,7 @@ def test_a_box_has_its_place_in_the_words_whoever_read_it(opened: Opened) -> Non
     opened.page.keyboard.press("Enter")
     opened.answered()
     own = looked_at(opened)
+    assert opened.page.locator(".plate text").all_text_contents().count("狗") == 1
     assert own == (
         "🐕 A dog and 狗, not this.",
         ["dog", "狗"],

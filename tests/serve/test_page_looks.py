@@ -156,10 +156,10 @@ def test_axe_finds_no_fault(visit: Visit, server: Running, options: dict[str, An
     rules = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js").read_text()
     opened = visit(server.url, reduced_motion="reduce", **options).ready()
     page = opened.page
+    page.evaluate(rules)
 
     def check(state: str) -> None:
         page.mouse.move(2, 2)
-        page.evaluate(rules)
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
         assert found["passes"], state
         faults = [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found["violations"]]
