@@ -116,10 +116,19 @@ export function Sure({ reply }: { reply: Reply }) {
     );
     at = end;
   }
+  const words = reply.tokens.filter(
+    ({ text, start, end }) => text.trim() && end > start && !hidden.some(([from, to]) => from < end && start < to),
+  );
+  const least = words.reduce((a, b) => (b.logprob < a.logprob ? b : a), words[0] ?? null);
   return (
-    <p className="words sure" data-testid="sure">
-      {parts}
-    </p>
+    <>
+      <p className="words sure" data-testid="sure">
+        {parts}
+      </p>
+      <p className="muted small">
+        {say("sureLegend")} {least && say("sureLeast", { word: least.text.trim(), p: percent(Math.exp(least.logprob)) })}
+      </p>
+    </>
   );
 }
 

@@ -80,6 +80,11 @@ export function Composer({ draft, change, onSubmit, onCancel, running }: Props) 
           {progress}
         </p>
       )}
+      {draft.mode === "compare" && draft.pictures.length !== 2 && (
+        <p className="progress" role="status">
+          {say("compareTwo", { n: draft.pictures.length })}
+        </p>
+      )}
       {source === "url" && <FromUrl done={() => setSource(null)} change={change} />}
       {source === "camera" && <Camera done={() => setSource(null)} change={change} />}
       <textarea

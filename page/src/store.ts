@@ -210,12 +210,15 @@ export async function loadHistory(): Promise<void> {
   void sweep();
 }
 
-/** A chat whose answers were under way when the page was closed. */
+/** A chat as this page keeps it: answers that were under way when it was closed have stopped, none lacks a field. */
 function settled(chat: Chat): Chat {
   const turns = Object.entries(chat.turns).map(([id, turn]): [string, Turn] => {
     if (turn.role === "user") return [id, turn];
     const replies = turn.replies.map(
-      (reply): Reply => (reply.state === "waiting" || reply.state === "streaming" ? { ...reply, state: "stopped" } : reply),
+      (reply): Reply => {
+        const whole = { ...newReply(), ...reply };
+        return whole.state === "waiting" || whole.state === "streaming" ? { ...whole, state: "stopped" } : whole;
+      },
     );
     return [id, { ...turn, replies }];
   });

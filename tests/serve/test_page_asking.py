@@ -1,5 +1,6 @@
 """Asking on the page: pictures in, answers out, versions, errors, what is kept, and the request as code."""
 
+import json
 import os
 import re
 import shutil
@@ -81,6 +82,8 @@ def test_several_pictures_are_ordered_and_reordered(opened: Opened) -> None:
     strip.first.focus()
     page.keyboard.press("Alt+ArrowRight")
     soon(lambda: strip.first.get_attribute("aria-label") == "Picture 1: shapes.png")
+    opened.page.locator(".foot").get_by_role("radio", name="Compare").click()
+    assert page.get_by_text("Comparing takes two pictures").count() == 0
     strip.first.drag_to(strip.last)
     soon(lambda: strip.first.get_attribute("aria-label") == "Picture 1: sign.png")
     strip.first.get_by_role("button", name="Move to the right").click()
@@ -121,6 +124,18 @@ def test_a_picture_comes_from_the_camera(opened: Opened) -> None:
     page.get_by_role("button", name="Take it").click()
     page.locator(".foot .strip li").wait_for()
     soon(lambda: "camera" in (page.locator(".foot .strip li").get_attribute("aria-label") or ""))
+
+
+def test_without_a_camera_a_file_is_taken(visit: Visit, server: Running) -> None:
+    """A page on plain http has no camera; the program of the phone takes the picture then."""
+    opened = visit(server.url)
+    opened.page.add_init_script("Object.defineProperty(navigator, 'mediaDevices', {value: undefined})")
+    opened.page.reload()
+    opened.ready().page.get_by_role("button", name="Take a picture").click()
+    opened.page.get_by_text("No camera can be used here.").wait_for()
+    taken = opened.page.locator("input[capture=environment]")
+    taken.set_input_files(EXAMPLES / "sign.png")
+    opened.page.locator(".foot .strip li").wait_for()
 
 
 def test_a_picture_comes_from_an_address(visit: Visit, start: Start) -> None:
@@ -200,6 +215,12 @@ def test_the_history_is_kept_exported_deleted_and_brought_back(opened: Opened, t
     page.get_by_test_id("import").set_input_files(tmp_path / "chats.json")
     page.locator(".sidebar .chat").wait_for()
     soon(lambda: opened.word() == "WALL")
+    older = json.loads((tmp_path / "chats.json").read_text())
+    for turn in older["chats"][0]["turns"].values():
+        turn["replies"] = [{"state": "done", "text": "an older page"} for _ in turn.get("replies", [])]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    page.get_by_test_id("import").set_input_files(tmp_path / "older.json")
+    soon(lambda: opened.word() == "an older page")
     page.get_by_test_id("import").set_input_files(EXAMPLES / "sign.png")
     page.get_by_text("This file holds no chats of this page.").wait_for()
 
@@ -274,6 +295,20 @@ def test_an_error_stands_in_its_place_and_can_be_tried_again(visit: Visit, serve
     opened.forgive(429)
 
 
+def test_a_stream_that_breaks_off_is_no_answer(opened: Opened) -> None:
+    choice = {"index": 0, "delta": {"content": "half an ans"}, "logprobs": None, "finish_reason": None}
+    opened.page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(
+            content_type="text/event-stream", body=f"data: {json.dumps({'choices': [choice]})}\n\n"
+        ),
+    )
+    opened.write("hi")
+    opened.page.keyboard.press("Enter")
+    soon(lambda: "the stream ended before the answer did" in opened.page.locator(".trouble").inner_text())
+    assert opened.word() == "half an ans"  # what came is kept
+
+
 def test_a_key_is_asked_for_and_kept_for_the_tab(visit: Visit, start: Start) -> None:
     guarded = start(api_keys=("secret",))
     opened = visit(guarded.url)
@@ -319,6 +354,12 @@ def test_parameters_change_the_request_and_are_reset(opened: Opened) -> None:
     page.get_by_role("button", name="Reset").click()
     soon(lambda: page.get_by_label("Most new tokens").input_value() == "")
     soon(lambda: page.get_by_label("Temperature").last.input_value() == "0.1")
+
+
+def test_comparing_asks_for_two_pictures(opened: Opened) -> None:
+    opened.write("What is different?", "sign.png", mode="Compare")
+    opened.page.get_by_text("Comparing takes two pictures; 1 are here.").wait_for()
+    assert opened.page.get_by_role("button", name="Send").is_disabled()
 
 
 def test_an_answer_is_copied_as_it_is_read(opened: Opened) -> None:

@@ -65,6 +65,7 @@ def test_what_the_model_saw_and_how_sure_it_was(opened: Opened) -> None:
     tokens = page.get_by_test_id("sure").locator(".token")
     soon(lambda: "".join(tokens.all_inner_texts()).strip() == "WALL")
     soon(lambda: re.match(r"\d+\s%", tokens.first.get_attribute("title") or ""))
+    soon(lambda: re.search(r"Least sure: “\w+”, \d+\s%\.", page.locator(".reply").inner_text()))
 
 
 def test_tiles_lie_where_the_model_cut_them(opened: Opened) -> None:
