@@ -49,7 +49,7 @@ const en = {
   placeLocate: "What is to be found? For example: the sign",
   placeGrounded: "Ask; the answer gives boxes for what it speaks of…",
   placeCompare: "Two pictures: what do you want to know?",
-  compareTwo: "Comparing takes two pictures; {n} are here.",
+  compareTwo: "Comparing takes two pictures, not {n}.",
   addFile: "Add pictures or a PDF",
   camera: "Take a picture",
   fromUrl: "Picture from a web address",

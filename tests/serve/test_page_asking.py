@@ -358,7 +358,7 @@ def test_parameters_change_the_request_and_are_reset(opened: Opened) -> None:
 
 def test_comparing_asks_for_two_pictures(opened: Opened) -> None:
     opened.write("What is different?", "sign.png", mode="Compare")
-    opened.page.get_by_text("Comparing takes two pictures; 1 are here.").wait_for()
+    opened.page.get_by_text("Comparing takes two pictures, not 1.").wait_for()
     assert opened.page.get_by_role("button", name="Send").is_disabled()
 
 
