@@ -1,4 +1,6 @@
-import { readdirSync, readFileSync } from "node:fs";
+import { createHash } from "node:crypto";
+import { readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { resolve } from "node:path";
 import react from "@vitejs/plugin-react";
 import { defineConfig } from "vite";
 
@@ -34,17 +36,49 @@ const licences = () => ({
   },
 });
 
+/** Paths of all files below a folder, but for packages and what an editor hides. */
+const below = (folder) =>
+  readdirSync(folder, { withFileTypes: true })
+    .filter(({ name }) => name !== "node_modules" && !name.startsWith("."))
+    .flatMap((entry) => {
+      if (entry.isDirectory()) return below(`${folder}/${entry.name}`).map((path) => `${entry.name}/${path}`);
+      return [entry.name];
+    })
+    .sort();
+
+/** Writes down what was built from what: a test holds sources and built files to it. */
+const sums = () => {
+  let [sources, built] = ["", ""];
+  const lines = (folder) =>
+    below(folder)
+      .filter((path) => path !== "sums.txt")
+      .map((path) => `${createHash("sha256").update(readFileSync(`${folder}/${path}`)).digest("hex")}  ${path}\n`);
+  return {
+    name: "sums",
+    apply: "build",
+    configResolved({ root, build }) {
+      [sources, built] = [root, resolve(root, build.outDir)];
+    },
+    closeBundle() {
+      writeFileSync(`${built}/sums.txt`, ["sources\n", ...lines(sources), "built\n", ...lines(built)].join(""));
+    },
+  };
+};
+
 export default defineConfig({
   base: "/page/",
-  plugins: [react(), examples(), licences()],
+  plugins: [react(), examples(), licences(), sums()],
   build: {
     outDir: "../seekvl/serve/page",
     emptyOutDir: true,
     modulePreload: false, // its helper would be the only script that is not ours
     assetsInlineLimit: 0,
     rollupOptions: {
+      // what reads answers is a file of its own, which tests ask in a browser
+      input: { page: "index.html", grounding: "src/grounding.ts" },
+      preserveEntrySignatures: "exports-only",
       // names without hashes, so that a new build is a small change; the server tells copies apart by ETag
-      output: { entryFileNames: "page.js", chunkFileNames: "[name].js", assetFileNames: "[name][extname]" },
+      output: { entryFileNames: "[name].js", chunkFileNames: "[name].js", assetFileNames: "[name][extname]" },
     },
   },
   server: { proxy: { "/v1": "http://127.0.0.1:8000", "/health-check": "http://127.0.0.1:8000" } },

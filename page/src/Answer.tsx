@@ -4,7 +4,7 @@ import { memo } from "react";
 import Markdown, { type Components } from "react-markdown";
 import remarkGfm from "remark-gfm";
 import type { Reply } from "./chat";
-import { percent } from "./Figure";
+import { percent, title } from "./Figure";
 import { boxConfidence, colours, confidence, stretches, type Box } from "./grounding";
 import { useSay } from "./store";
 
@@ -63,6 +63,7 @@ interface PhraseProps extends Props {
 }
 
 function Phrase({ first, boxes, inks, reply, lit, onLight, children }: PhraseProps) {
+  const say = useSay();
   const box: Box | undefined = first === null ? undefined : reply.boxes[first];
   const sure = box ? boxConfidence(reply.tokens, box) : null;
   return (
@@ -70,7 +71,7 @@ function Phrase({ first, boxes, inks, reply, lit, onLight, children }: PhrasePro
       type="button"
       className={`phrase ${lit !== null && boxes.includes(lit) ? "lit" : ""}`}
       style={{ "--ink": first === null ? "currentColor" : inks[first] } as React.CSSProperties}
-      title={box ? `${box.corners.join(" ")}${sure === null ? "" : ` · ${percent(sure)}`}` : undefined}
+      title={box ? title(box, sure, say) : undefined}
       onPointerEnter={() => onLight(first)}
       onPointerLeave={() => onLight(null)}
       onFocus={() => onLight(first)}
@@ -115,10 +116,19 @@ export function Sure({ reply }: { reply: Reply }) {
     );
     at = end;
   }
+  const words = reply.tokens.filter(
+    ({ text, start, end }) => text.trim() && end > start && !hidden.some(([from, to]) => from < end && start < to),
+  );
+  const least = words.reduce((a, b) => (b.logprob < a.logprob ? b : a), words[0] ?? null);
   return (
-    <p className="words sure" data-testid="sure">
-      {parts}
-    </p>
+    <>
+      <p className="words sure" data-testid="sure">
+        {parts}
+      </p>
+      <p className="muted small">
+        {say("sureLegend")} {least && say("sureLeast", { word: least.text.trim(), p: percent(Math.exp(least.logprob)) })}
+      </p>
+    </>
   );
 }
 

@@ -1,13 +1,14 @@
 /** The page: head, history, the chat, and where one asks. */
 
 import { useEffect, useRef, useState } from "react";
-import { path, type Turn } from "./chat";
+import { path, said, type Turn } from "./chat";
 import { addFiles, changeDraft, Composer, MODES } from "./Composer";
+import { readable } from "./grounding";
 import { IconButton } from "./Icon";
 import { Panels } from "./Panels";
 import { Sidebar } from "./Sidebar";
 import {
-  answerAgain, chatOf, EMPTY, focusQuestion, get, set, setLang, setModel, setTheme, startChat, stop, submit, used, useSay,
+  answerAgain, chatOf, EMPTY, focusQuestion, get, modelOf, set, setLang, setModel, setTheme, startChat, stop, submit, used, useSay,
   useStore, type State,
 } from "./store";
 import { AssistantView, UserView } from "./Turns";
@@ -27,6 +28,7 @@ export function App() {
       {sidebar && <Sidebar />}
       {sidebar && <button type="button" className="scrim" aria-label={say("close")} onClick={() => set({ sidebar: false })} />}
       <Conversation />
+      <Announcer />
       <Foot />
       <Panels />
       {dropping && (
@@ -55,7 +57,9 @@ function Head() {
             ))}
           </select>
         ) : (
-          <span className="modelname">{model || phaseLine(phase, say)}</span>
+          <span className="modelname" title={model}>
+            {model.split("/").at(-1) || phaseLine(phase, say)}
+          </span>
         )}
       </label>
       <span className="gap" />
@@ -76,6 +80,7 @@ function phaseLine(phase: string, say: ReturnType<typeof useSay>): string {
 }
 
 function Conversation() {
+  const say = useSay();
   const chat = useStore(chatOf);
   const turns = path(chat);
   const main = useRef<HTMLElement>(null);
@@ -97,8 +102,8 @@ function Conversation() {
         stuck.current = scrollHeight - scrollTop - clientHeight < 80;
       }}
     >
-      <div className="column" aria-live="polite" aria-relevant="additions">
-        {turns.length === 0 && <Welcome />}
+      <div className="column">
+        {turns.length === 0 ? <Welcome /> : <h1 className="sr">{chat.title || say("untitled")}</h1>}
         {turns.map((turn) =>
           turn.role === "user" ? (
             <UserView key={key(turn)} chat={chat} turn={turn} />
@@ -111,7 +116,18 @@ function Conversation() {
   );
 }
 
-const contextOf = (now: State) => now.models.find((each) => each.id === now.model)?.context_length ?? null;
+/** Reads an answer aloud when it has ended, and not while it grows. */
+function Announcer() {
+  const last = path(useStore(chatOf)).at(-1);
+  const over = last?.role === "assistant" && last.replies.every(({ state }) => state !== "waiting" && state !== "streaming");
+  return (
+    <p className="sr" role="status" data-testid="announced">
+      {over && readable(said(last))}
+    </p>
+  );
+}
+
+const contextOf = (now: State) => modelOf(now)?.context_length ?? null;
 /** Share of the context from which a warning is shown. */
 const NEAR = 0.75;
 

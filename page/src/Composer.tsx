@@ -3,6 +3,7 @@
 import { useEffect, useRef, useState } from "react";
 import { fetchPicture, Failure } from "./api";
 import type { Mode } from "./chat";
+import { Choice } from "./Choice";
 import { Icon, IconButton } from "./Icon";
 import { cut, isLong, isPdf, open, pagesOf, PictureError, type Picture } from "./pictures";
 import { unsaid } from "./prompts";
@@ -79,6 +80,11 @@ export function Composer({ draft, change, onSubmit, onCancel, running }: Props) 
           {progress}
         </p>
       )}
+      {draft.mode === "compare" && draft.pictures.length !== 2 && (
+        <p className="progress" role="status">
+          {say("compareTwo", { n: draft.pictures.length })}
+        </p>
+      )}
       {source === "url" && <FromUrl done={() => setSource(null)} change={change} />}
       {source === "camera" && <Camera done={() => setSource(null)} change={change} />}
       <textarea
@@ -120,23 +126,16 @@ export function Composer({ draft, change, onSubmit, onCancel, running }: Props) 
         <IconButton icon="picture" label={say("addFile")} onClick={() => files.current?.click()} />
         <IconButton icon="camera" label={say("camera")} aria-expanded={source === "camera"} onClick={() => setSource(source === "camera" ? null : "camera")} />
         <IconButton icon="link" label={say("fromUrl")} aria-expanded={source === "url"} onClick={() => setSource(source === "url" ? null : "url")} />
-        <div className="modes" role="radiogroup" aria-label={say("mode")}>
-          {MODES.map((mode) => (
-            <button
-              key={mode}
-              type="button"
-              role="radio"
-              aria-checked={draft.mode === mode}
-              className="chip"
-              onClick={() => {
-                change((old) => ({ ...old, mode }));
-                field.current?.focus();
-              }}
-            >
-              {say(mode)}
-            </button>
-          ))}
-        </div>
+        <Choice
+          className="modes"
+          label={say("mode")}
+          options={MODES.map((mode) => [mode, say(mode)] as const)}
+          value={draft.mode}
+          onChange={(mode, pointed) => {
+            change((old) => ({ ...old, mode }));
+            if (pointed) field.current?.focus();
+          }}
+        />
         {onCancel && (
           <button type="button" className="quiet" onClick={onCancel}>
             {say("cancel")}

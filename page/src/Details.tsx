@@ -1,11 +1,12 @@
 /** What stands behind an answer: the bill of tokens, the request as code, request and reply as they were. */
 
-import { useEffect, useRef, useState } from "react";
+import { useEffect, useId, useRef, useState } from "react";
 import type { Reply } from "./chat";
-import { code, raw, type Language } from "./code";
+import { Choice } from "./Choice";
+import { code, raw, unsayable, type Language } from "./code";
 import { IconButton } from "./Icon";
 import { save, text } from "./download";
-import { useSay, useStore, type State } from "./store";
+import { modelOf, useSay, useStore, type State } from "./store";
 import type { Word } from "./i18n";
 
 const TABS = ["bill", "codeTab", "request", "reply"] as const;
@@ -16,19 +17,22 @@ export function Details({ reply }: { reply: Reply }) {
   const [tab, setTab] = useState<Tab>("bill");
   const pictures = useStore((now) => now.pictures);
   const element = useRef<HTMLDivElement>(null);
+  const panel = useId();
   useEffect(() => {
     void element.current?.scrollIntoView({ block: "nearest" }); // a promise in newer browsers
   }, [tab]);
   return (
     <div ref={element} className="details">
-      <div className="tabs" role="tablist" aria-label={say("details")}>
-        {TABS.map((name) => (
-          <button key={name} type="button" role="tab" aria-selected={tab === name} className="tab" onClick={() => setTab(name)}>
-            {say(name)}
-          </button>
-        ))}
-      </div>
-      <div role="tabpanel" aria-label={say(tab)}>
+      <Choice
+        kind="tab"
+        className="tabs"
+        label={say("details")}
+        options={TABS.map((name) => [name, say(name)] as const)}
+        value={tab}
+        onChange={setTab}
+        controls={panel}
+      />
+      <div id={panel} role="tabpanel" aria-label={say(tab)}>
         {tab === "bill" && <Bill reply={reply} />}
         {tab === "codeTab" && <Code reply={reply} />}
         {tab === "request" && reply.sent && <Block content={raw(reply.sent, pictures)} name="request.json" />}
@@ -38,7 +42,7 @@ export function Details({ reply }: { reply: Reply }) {
   );
 }
 
-const contextOf = (now: State) => now.models.find((model) => model.id === now.model)?.context_length ?? null;
+const contextOf = (now: State) => modelOf(now)?.context_length ?? null;
 
 function Bill({ reply }: { reply: Reply }) {
   const say = useSay();
@@ -87,6 +91,7 @@ export function rate(reply: Reply): number | null {
 const LANGUAGES: [Language, string][] = [
   ["curl", "curl"],
   ["openai", "Python · openai"],
+  ["replicate", "Python · replicate"],
   ["seekvl", "Python · seekvl"],
 ];
 
@@ -95,16 +100,15 @@ function Code({ reply }: { reply: Reply }) {
   const [language, setLanguage] = useState<Language>("curl");
   const pictures = useStore((now) => now.pictures);
   if (!reply.sent) return null;
+  const why = unsayable(language, reply.sent);
   return (
     <>
-      <div className="modes" role="radiogroup" aria-label={say("answerCode")}>
-        {LANGUAGES.map(([name, title]) => (
-          <button key={name} type="button" role="radio" aria-checked={language === name} className="chip" onClick={() => setLanguage(name)}>
-            {title}
-          </button>
-        ))}
-      </div>
-      <Block content={code(language, reply.sent, pictures)} name={language === "curl" ? "request.sh" : "request.py"} />
+      <Choice className="modes" label={say("answerCode")} options={LANGUAGES} value={language} onChange={setLanguage} />
+      {why ? (
+        <p className="note">{say(why)}</p>
+      ) : (
+        <Block content={code(language, reply.sent, pictures)} name={language === "curl" ? "request.sh" : "request.py"} />
+      )}
     </>
   );
 }

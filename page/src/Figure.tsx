@@ -5,6 +5,7 @@ import type { Seen } from "./chat";
 import { measure } from "./download";
 import { colours, pixels, type Box } from "./grounding";
 import type { Picture } from "./pictures";
+import type { Say } from "./i18n";
 import { useSay } from "./store";
 
 /** A part of the picture's plane, in px of the picture. */
@@ -33,6 +34,7 @@ const LETTERS = 12; // px of a label on the screen
 
 export function Figure(props: Props) {
   const { picture, boxes, confidences, lit, onLight, seen, region, label } = props;
+  const say = useSay();
   const svg = useRef<SVGSVGElement>(null);
   const width = useWidth(svg);
   const view = props.view ?? (seen ? around(picture, seen) : whole(picture));
@@ -64,7 +66,7 @@ export function Figure(props: Props) {
             onPointerEnter={() => onLight?.(index)}
             onPointerLeave={() => onLight?.(null)}
           >
-            <title>{title(box, confidences[index] ?? null)}</title>
+            <title>{title(box, confidences[index] ?? null, say)}</title>
             <rect className="halo" {...shape} vectorEffect="non-scaling-stroke" />
             <rect className="outline" {...shape} vectorEffect="non-scaling-stroke" />
           </g>
@@ -97,8 +99,9 @@ export function Figure(props: Props) {
 
 export const percent = (value: number) => `${Math.round(value * 100)}\u2009%`;
 
-const title = (box: Box, sure: number | null) =>
-  `${box.label} ${box.corners.join(" ")}${sure === null ? "" : ` · ${percent(sure)}`}`;
+/** What a box is and how sure the model was of it, in words. */
+export const title = (box: Box, sure: number | null, say: Say) =>
+  `${box.label} ${box.corners.join(" ")}${sure === null ? "" : ` · ${say("edges", { p: percent(sure) })}`}`;
 
 export const whole = (picture: Picture): View => ({ x: 0, y: 0, width: picture.width, height: picture.height });
 

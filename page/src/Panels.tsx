@@ -3,7 +3,7 @@
 import { useEffect, useRef, useState } from "react";
 import { IconButton } from "./Icon";
 import type { Word } from "./i18n";
-import { DEFAULTS, set, setKey, setParams, useSay, useStore, type Params } from "./store";
+import { DEFAULTS, modelOf, set, setKey, setParams, useSay, useStore, type Params } from "./store";
 import { Viewer } from "./Viewer";
 
 export function Panels() {
@@ -46,13 +46,13 @@ function Dialog({ title, wide = false, children }: { title: string; wide?: boole
   useEffect(() => {
     if (element.current && !element.current.open) element.current.showModal();
   }, []);
-  const close = () => set({ panel: null });
+  const close = () => element.current?.close(); // gives the focus back to where it was
   return (
     <dialog
       ref={element}
       className={wide ? "wide" : ""}
       aria-label={title}
-      onClose={close}
+      onClose={() => set({ panel: null })}
       onClick={(event) => {
         if (event.target === event.currentTarget) close();
       }}
@@ -91,10 +91,14 @@ const NUMBERS: NumberField[] = [
 function Parameters() {
   const say = useSay();
   const params = useStore((now) => now.params);
+  const model = useStore(modelOf);
   const change = (values: Partial<Params>) => setParams({ ...params, ...values });
+  const bounds: Partial<Record<keyof Params, number | null>> = { most: model?.context_length, tiles: model?.max_tiles };
   return (
     <div className="params">
-      {NUMBERS.map(({ field, label, why, min, max, step, slider }) => {
+      {NUMBERS.map(({ field, label, why, min, max: most, step, slider }) => {
+        if (field === "tiles" && !model?.max_tiles) return null; // it sees every picture whole
+        const max = bounds[field] ?? most;
         const value = params[field];
         const read = (text: string) => {
           const number = Number(text);
@@ -160,6 +164,8 @@ const KEYS: [string[], Word][] = [
   [["+ − 0"], "kZoom"],
   [["← ↑ → ↓"], "kPan"],
   [["T R"], "kTiles"],
+  [["← ↑ → ↓"], "kRegion"],
+  [["Shift", "← ↑ → ↓"], "kRegionSize"],
   [["?"], "kHelp"],
 ];
 

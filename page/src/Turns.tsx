@@ -2,7 +2,7 @@
 
 import { memo, useMemo, useState } from "react";
 import { Answer, Sure } from "./Answer";
-import { versions, type AssistantTurn, type Chat, type Problem, type Reply, type Seen, type Turn, type UserTurn } from "./chat";
+import { versions, type AssistantTurn, type Chat, type Mode, type Problem, type Reply, type Seen, type Turn, type UserTurn } from "./chat";
 import { Composer } from "./Composer";
 import { Copy, Details, rate, seconds } from "./Details";
 import { download, type Format } from "./download";
@@ -11,6 +11,7 @@ import { boxConfidence, readable } from "./grounding";
 import type { Say, Word } from "./i18n";
 import { IconButton } from "./Icon";
 import type { Picture } from "./pictures";
+import { isNano } from "./prompts";
 import { answer, chooseVersion, retry, set, submit, useSay, useStore, type Draft } from "./store";
 
 export const UserView = memo(function UserView({ chat, turn }: { chat: Chat; turn: UserTurn }) {
@@ -20,7 +21,7 @@ export const UserView = memo(function UserView({ chat, turn }: { chat: Chat; tur
   const busy = useStore((now) => Object.keys(now.running).length > 0);
   if (draft) {
     return (
-      <section className="turn user editing" aria-label={say("edit")}>
+      <div role="group" className="turn user editing" aria-label={say("edit")}>
         <Composer
           draft={draft}
           change={(how) => setDraft((old) => (old ? how(old) : old))}
@@ -31,12 +32,12 @@ export const UserView = memo(function UserView({ chat, turn }: { chat: Chat; tur
             void submit(changed, turn.parent);
           }}
         />
-      </section>
+      </div>
     );
   }
   const begin = () => setDraft({ text: turn.text, mode: turn.mode, pictures: turn.pictures, pageByPage: turn.pageByPage });
   return (
-    <section className="turn user" aria-label={say("you")} data-testid="user">
+    <div role="group" className="turn user" aria-label={say("you")} data-testid="user">
       {turn.pictures.length > 0 && (
         <div className={`shots ${turn.pictures.length === 1 ? "single" : ""}`}>
           {turn.pictures.map((id, index) => {
@@ -51,16 +52,18 @@ export const UserView = memo(function UserView({ chat, turn }: { chat: Chat; tur
           })}
         </div>
       )}
-      <div className="bubble">
-        {turn.mode !== "ask" && <span className="mode">{say(turn.mode)}</span>}
-        {readable(turn.text)}
+      <div className="said">
+        <div className="bar">
+          <Versions chat={chat} turn={turn} />
+          <Copy content={turn.text} />
+          <IconButton icon="edit" label={say("edit")} disabled={busy} onClick={begin} />
+        </div>
+        <div className="bubble">
+          {turn.mode !== "ask" && <span className="mode">{say(turn.mode)}</span>}
+          {readable(turn.text)}
+        </div>
       </div>
-      <div className="bar">
-        <Versions chat={chat} turn={turn} />
-        <IconButton icon="edit" label={say("edit")} disabled={busy} onClick={begin} />
-        <Copy content={turn.text} />
-      </div>
-    </section>
+    </div>
   );
 });
 
@@ -69,9 +72,10 @@ export const AssistantView = memo(function AssistantView({ chat, turn }: { chat:
   const running = useStore((now) => now.running[turn.id] !== undefined);
   const busy = useStore((now) => Object.keys(now.running).length > 0);
   const asked = chat.turns[turn.parent];
+  const question = asked?.role === "user" ? asked : null;
   const done = turn.replies.filter((reply) => reply.state === "done").length;
   return (
-    <section className="turn assistant" aria-label={say("assistant")} aria-busy={running} data-testid="assistant">
+    <div role="group" className="turn assistant" aria-label={say("assistant")} aria-busy={running} data-testid="assistant">
       {turn.replies.length > 1 && (
         <div className="pages" role="status">
           <progress max={turn.replies.length} value={done} aria-label={say("pagesProgress", { done, of: turn.replies.length })} />
@@ -79,39 +83,45 @@ export const AssistantView = memo(function AssistantView({ chat, turn }: { chat:
         </div>
       )}
       {turn.replies.map((reply, index) => (
-        <ReplyView key={index} reply={reply} turn={turn} index={index} chat={chat}>
+        <ReplyView key={index} reply={reply} turn={turn.id} model={turn.model} index={index} chat={chat.id} question={question}>
           {index === turn.replies.length - 1 && (
             <>
               <Versions chat={chat} turn={turn} />
-              {asked?.role === "user" && (
-                <IconButton icon="again" label={say("regenerate")} disabled={busy} onClick={() => void answer(chat.id, asked)} />
+              {question && (
+                <IconButton icon="again" label={say("regenerate")} disabled={busy} onClick={() => void answer(chat.id, question)} />
               )}
             </>
           )}
         </ReplyView>
       ))}
-    </section>
+    </div>
   );
 });
 
 interface ReplyProps {
   reply: Reply;
-  turn: AssistantTurn;
+  /** Ids of the chat and of the turn, and whose answer it is. */
+  chat: string;
+  turn: string;
+  model: string;
   index: number;
-  chat: Chat;
+  question: UserTurn | null;
   children: React.ReactNode;
 }
 
-function ReplyView({ reply, turn, index, chat, children }: ReplyProps) {
+/** One answer; those of other pages stay as they are while one grows. */
+const ReplyView = memo(function ReplyView({ reply, chat, turn, model, index, question, children }: ReplyProps) {
   const say = useSay();
   const [lit, setLit] = useState<number | null>(null);
   const [sure, setSure] = useState(false);
   const [saw, setSaw] = useState(false);
   const [open, setOpen] = useState(false);
   const over = reply.state !== "waiting" && reply.state !== "streaming";
+  const lines = told(reply, reply.page ? 1 : (question?.pictures.length ?? 0), say);
+  const boxless = reply.state === "done" && reply.boxes.length === 0 && BOXED.has(question?.mode ?? "ask");
   return (
     <article className="reply" data-state={reply.state}>
-      {reply.page && <h3 className="page">{say("pageOf", { n: reply.page.number, of: reply.page.of })}</h3>}
+      {reply.page && <h2 className="page">{say("pageOf", { n: reply.page.number, of: reply.page.of })}</h2>}
       <Drawn reply={reply} turn={turn} index={index} lit={lit} onLight={setLit} saw={saw} />
       {reply.state === "waiting" && (
         <p className="waiting" role="status">
@@ -125,12 +135,13 @@ function ReplyView({ reply, turn, index, chat, children }: ReplyProps) {
       )}
       {sure && over ? <Sure reply={reply} /> : <Answer reply={reply} lit={lit} onLight={setLit} />}
       {reply.state === "stopped" && <p className="muted small">{say("stopped")}</p>}
-      {reply.finish === "length" && <p className="muted small">{say("cutShort")}</p>}
-      {reply.problem && <Trouble problem={reply.problem} onRetry={() => void retry(chat.id, turn, index)} />}
-      {reply.notices.length > 0 && (
-        <ul className="note">
-          {reply.notices.map((line) => (
-            <li key={line}>{told(line, say)}</li>
+      {reply.finish === "length" && !lines.includes(say("contextFull")) && <p className="muted small">{say("cutShort")}</p>}
+      {reply.problem && <Trouble problem={reply.problem} onRetry={() => void retry(chat, turn, index)} />}
+      {boxless && <p className="muted small">{say(isNano(model) ? "noBoxesNano" : "noBoxes")}</p>}
+      {lines.length > 0 && (
+        <ul className="muted small">
+          {lines.map((line) => (
+            <li key={line}>{line}</li>
           ))}
         </ul>
       )}
@@ -138,8 +149,8 @@ function ReplyView({ reply, turn, index, chat, children }: ReplyProps) {
         <div className="bar">
           {children}
           <Copy content={readable(reply.text)} />
-          {reply.tokens.length > 0 && <IconButton icon="sure" label={say("sure")} aria-pressed={sure} onClick={() => setSure(!sure)} />}
-          {reply.seen.length > 0 && <IconButton icon="grid" label={say("saw")} aria-pressed={saw} onClick={() => setSaw(!saw)} />}
+          {reply.tokens.length > 0 && <IconButton icon="sure" label={say("sure")} text={say("sure")} aria-pressed={sure} onClick={() => setSure(!sure)} />}
+          {reply.seen.length > 0 && <IconButton icon="grid" label={say("saw")} text={say("saw")} aria-pressed={saw} onClick={() => setSaw(!saw)} />}
           <button type="button" className="quiet facts" aria-expanded={open} onClick={() => setOpen(!open)}>
             {facts(reply, say) || say("details")}
           </button>
@@ -148,14 +159,23 @@ function ReplyView({ reply, turn, index, chat, children }: ReplyProps) {
       {open && <Details reply={reply} />}
     </article>
   );
-}
+});
 
+/** Modes whose answers should have boxes. */
+const BOXED = new Set<Mode>(["locate", "grounded"]);
 const SCALED = /^picture (\d+) of (\d+)x(\d+) px was scaled down to (\d+)x(\d+) px$/;
+const TILED = /^picture (\d+) was cut into (\d+)x(\d+) tiles; alone and without a bound it would have had (\d+)x(\d+)$/;
 
-/** A notice of the server in the words of the page, where the page knows it. */
-function told(line: string, say: Say): string {
-  const [, n = "", w = "", h = "", sw = "", sh = ""] = SCALED.exec(line) ?? [];
-  return n ? say("scaledDown", { n, w, h, sw, sh }) : line;
+/** The server's notices in the words of the page; of earlier turns' pictures they were read already. */
+function told(reply: Reply, own: number, say: Say): string[] {
+  return reply.notices.flatMap((line) => {
+    const scaled = SCALED.exec(line);
+    const [, n = "", a = "", b = "", c = "", d = ""] = scaled ?? TILED.exec(line) ?? [];
+    if (n && Number(n) <= reply.shown.length - own) return [];
+    if (scaled) return [say("scaledDown", { n, w: a, h: b, sw: c, sh: d })];
+    if (n) return [say("fewerTiles", { n, c: a, r: b, fc: c, fr: d })];
+    return [line.endsWith("the context of the model is full") ? say("contextFull") : line];
+  });
 }
 
 /** The one line below an answer. */
@@ -172,7 +192,7 @@ function facts(reply: Reply, say: Say): string {
 
 interface DrawnProps {
   reply: Reply;
-  turn: AssistantTurn;
+  turn: string;
   index: number;
   lit: number | null;
   onLight: (index: number | null) => void;
@@ -210,7 +230,7 @@ function Drawn({ reply, turn, index, lit, onLight, saw }: DrawnProps) {
                 label={`${picture.name}. ${boxes.map((box) => box.label).join(", ")}`}
               />
               <span className="corner">
-                <IconButton icon="expand" label={say("open")} onClick={() => set({ panel: { kind: "viewer", picture: picture.id, turn: turn.id, reply: index } })} />
+                <IconButton icon="expand" label={say("open")} onClick={() => set({ panel: { kind: "viewer", picture: picture.id, turn, reply: index } })} />
               </span>
             </div>
             {seen && <figcaption>{sawLine(seen, say)}</figcaption>}

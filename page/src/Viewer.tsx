@@ -19,6 +19,24 @@ interface Props {
 
 type Region = [number, number, number, number];
 
+/** Share of the sides by which an arrow key moves or stretches a region, and the least it may cover. */
+const NUDGE = 0.02;
+
+/** A region moved, or with `stretch` made larger or smaller; the first one lies in the middle. */
+function nudged(old: Region | null, { width, height }: Picture, [x, y]: [number, number], stretch: boolean): Region {
+  const [dx, dy] = [x * NUDGE * width, y * NUDGE * height];
+  if (!old) return [0.375 * width, 0.375 * height, 0.625 * width, 0.625 * height];
+  const [x1, y1, x2, y2] = old;
+  const fit = (value: number, least: number, most: number) => Math.min(Math.max(value, least), most);
+  if (stretch) return [x1, y1, fit(x2 + dx, x1 + NUDGE * width, width), fit(y2 + dy, y1 + NUDGE * height, height)];
+  const [left, top] = [fit(x1 + dx, 0, width - (x2 - x1)), fit(y1 + dy, 0, height - (y2 - y1))];
+  return [left, top, left + x2 - x1, top + y2 - y1];
+}
+
+const ARROWS: Record<string, [number, number]> = {
+  ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1],
+};
+
 const MOST_ZOOM = 40;
 const STEP = 1.3;
 
@@ -74,21 +92,19 @@ export function Viewer({ picture: id, turn, reply: index }: Props) {
         "=": () => zoom(STEP),
         "-": () => zoom(1 / STEP),
         "0": () => setEye(FIT),
-        ArrowLeft: () => pan(-1, 0),
-        ArrowRight: () => pan(1, 0),
-        ArrowUp: () => pan(0, -1),
-        ArrowDown: () => pan(0, 1),
         t: () => setSaw((old) => !old),
         r: () => setMarking((old) => !old),
       };
-      if (does[event.key]) {
-        event.preventDefault();
-        does[event.key]?.();
-      }
+      const arrow = ARROWS[event.key];
+      if (!arrow && !does[event.key]) return;
+      event.preventDefault();
+      if (!arrow) does[event.key]?.();
+      else if (marking && picture) setRegion((old) => nudged(old, picture, arrow, event.shiftKey));
+      else pan(...arrow);
     };
     addEventListener("keydown", onKey);
     return () => removeEventListener("keydown", onKey);
-  }, []);
+  }, [marking, picture]);
 
   if (!picture) return null;
   const seenOf = (of: string) => {

@@ -19,7 +19,10 @@ export class Failure extends Error {
 
 export interface Model {
   id: string;
+  /** Most tokens of prompt and answer together. */
   context_length: number | null;
+  /** Most tiles a picture is cut into; null where the model sees every picture whole. */
+  max_tiles: number | null;
 }
 
 function headers(): Record<string, string> {

@@ -1,9 +1,10 @@
-/** A request as someone would write it: curl, Python with openai, Python with seekvl. */
+/** A request as someone would write it: curl, Python with openai, with replicate, with seekvl. */
 
-import type { Sent, SentMessage } from "./chat";
+import { shownIn, type Sent, type SentMessage } from "./chat";
+import type { Word } from "./i18n";
 import type { Picture } from "./pictures";
 
-export type Language = "curl" | "openai" | "seekvl";
+export type Language = "curl" | "openai" | "replicate" | "seekvl";
 
 type Known = Record<string, Picture>;
 
@@ -34,9 +35,21 @@ const py = (value: unknown): string => {
 };
 
 export function code(language: Language, sent: Sent, pictures: Known): string {
-  if (language === "curl") return curl(sent, pictures);
-  return language === "openai" ? openai(sent, pictures) : seekvl(sent, pictures);
+  return { curl, openai, replicate, seekvl }[language](sent, pictures);
 }
+
+/** Why a request cannot be written in a language; null where it can. */
+export function unsayable(language: Language, sent: Sent): Word | null {
+  if (language !== "replicate") return null;
+  const pictures = shownIn(sent.messages).length;
+  const fits = sent.messages.length === 1 && sent.top_k === undefined && pictures >= 1 && pictures <= MOST_IMAGES;
+  return fits ? null : "notReplicate";
+}
+
+/** Pictures that the published inputs `image1` to `image3` take. */
+const MOST_IMAGES = 3;
+/** What the published input `max_new_tokens` takes at most; its default is less than the context may leave. */
+const MOST_NEW = 4096;
 
 /** The body with pictures as the shell reads them from files. */
 function curl(sent: Sent, pictures: Known): string {
@@ -89,6 +102,38 @@ function openai(sent: Sent, pictures: Known): string {
     ...(Object.keys(extra).length > 0 ? [`    extra_body=${py(extra)},`] : []),
     ")",
     "print(answer.choices[0].message.content)",
+  ].join("\n");
+}
+
+/** One question with its pictures: `unsayable` tells what else there is. */
+function replicate(sent: Sent, pictures: Known): string {
+  const names = fileNames(sent, pictures);
+  const content = sent.messages.at(-1)?.content ?? "";
+  const parts = typeof content === "string" ? [] : content;
+  const shown = parts.flatMap((part) => (part.type === "picture" ? [names.get(part.id)] : []));
+  const text = parts.flatMap((part) => (part.type === "text" ? [part.text] : [])).join("\n");
+  const inputs: [string, string][] = [
+    ["text", py(text)],
+    ...shown.map((name, index): [string, string] => [`image${index + 1}`, `open(${py(name)}, "rb")`]),
+    ["max_new_tokens", py(sent.max_completion_tokens ?? MOST_NEW)],
+    ["temperature", py(sent.temperature)],
+    ["top_p", py(sent.top_p ?? 1)],
+    ["repetition_penalty", py(sent.repetition_penalty ?? 1)],
+    ...["seed", "max_tiles"].filter((name) => sent[name] !== undefined).map((name): [string, string] => [name, py(sent[name])]),
+  ];
+  return [
+    "import os",
+    "",
+    "import replicate  # 1.x",
+    "",
+    `client = replicate.Client(base_url="${location.origin}", api_token=os.environ.get("SEEKVL_API_KEY", "any"))`,
+    "output = client.run(",
+    `    ${py(sent.model)},`,
+    "    input={",
+    ...inputs.map(([name, value]) => `        ${py(name)}: ${value},`),
+    "    },",
+    ")",
+    'print(output["text_out"])',
   ].join("\n");
 }
 

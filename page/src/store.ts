@@ -210,12 +210,15 @@ export async function loadHistory(): Promise<void> {
   void sweep();
 }
 
-/** A chat whose answers were under way when the page was closed. */
+/** A chat as this page keeps it: answers that were under way when it was closed have stopped, none lacks a field. */
 function settled(chat: Chat): Chat {
   const turns = Object.entries(chat.turns).map(([id, turn]): [string, Turn] => {
     if (turn.role === "user") return [id, turn];
     const replies = turn.replies.map(
-      (reply): Reply => (reply.state === "waiting" || reply.state === "streaming" ? { ...reply, state: "stopped" } : reply),
+      (reply): Reply => {
+        const whole = { ...newReply(), ...reply };
+        return whole.state === "waiting" || whole.state === "streaming" ? { ...whole, state: "stopped" } : whole;
+      },
     );
     return [id, { ...turn, replies }];
   });
@@ -367,7 +370,9 @@ export async function answer(chatId: string, asked: UserTurn): Promise<void> {
 }
 
 /** Answers one page, or the whole turn, once more in its place: for what failed. */
-export async function retry(chatId: string, turn: AssistantTurn, index: number): Promise<void> {
+export async function retry(chatId: string, id: string, index: number): Promise<void> {
+  const turn = state.chats.find((chat) => chat.id === chatId)?.turns[id];
+  if (turn?.role !== "assistant") return;
   const page = turn.replies[index]?.page ?? null;
   change(chatId, (chat) => replied(chat, turn.id, index, { ...newReply(), page }));
   await withStop(turn.id, (signal) =>
@@ -436,9 +441,9 @@ function request(messages: Sent["messages"]): Sent {
     repetition_penalty: params.penalty === 1 ? undefined : params.penalty,
     max_completion_tokens: params.most ?? undefined,
     seed: params.seed ?? undefined,
-    max_tiles: params.tiles ?? undefined,
+    max_tiles: (modelOf(state)?.max_tiles && params.tiles) || undefined,
     logprobs: params.logprobs || undefined,
-    top_logprobs: params.logprobs ? 3 : undefined,
+    top_logprobs: params.logprobs ? 5 : undefined,
   };
   const set = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined));
   return { model, messages, ...set, stream: true, stream_options: { include_usage: true } };
@@ -520,6 +525,9 @@ export function answerAgain(): void {
   const asked = chatOf(state).turns[last.parent];
   if (asked?.role === "user") void answer(state.current, asked);
 }
+
+/** The model that is asked, once it is known. */
+export const modelOf = (now: State): api.Model | undefined => now.models.find((each) => each.id === now.model);
 
 /** Tokens the last answer left used, of the context. */
 export function used(chat: Chat): number {

@@ -11,6 +11,7 @@ from anyio import CapacityLimiter
 from fastapi import Request
 
 from seekvl.engine.request import Request as Prepared
+from seekvl.processing.tile_image import TileImageConfig
 from seekvl.serve.errors import HUNG_UP, ApiError, bad_request
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.pictures import PictureDesk
@@ -57,6 +58,14 @@ class Desk:
         """Most tokens of prompt and answer together."""
         vlm = self.service.vlm
         return min(vlm.processor.max_tokens, vlm.config.language.max_positions)
+
+    @property
+    def most_tiles(self) -> int | None:
+        """Most tiles that a picture is cut into; None where the model sees every picture whole."""
+        image = self.service.vlm.processor.image
+        if not isinstance(image, TileImageConfig):
+            return None
+        return max(columns * rows for columns, rows in image.grids)
 
     def room(self, prepared: Prepared) -> int:
         """Return the tokens that a prompt leaves for its answer. Raises ApiError where it leaves none."""

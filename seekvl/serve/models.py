@@ -22,6 +22,7 @@ def describe(name: str, desk: Desk) -> dict[str, object]:
         "created": int(created.timestamp()),
         "owned_by": owner,
         "context_length": desk.context if desk.service.ready else None,
+        "max_tiles": desk.most_tiles if desk.service.ready else None,
         "url": f"/v1/models/{name}",
         "owner": owner,
         "name": short,

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -16,6 +16,10 @@ from seekvl.engine.engine import Engine
 from seekvl.serve.app import create_app
 from seekvl.serve.run import Server, server_config
 from seekvl.serve.settings import Settings
+from tests.serve.browsing import CHROMIUM, Opened
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 MODEL = "seekvl/seekvl-nano"
 SETTINGS = Settings(port=0, device="cpu", dtype="float32", wait_seconds=20.0, answer_seconds=60.0)
@@ -79,6 +83,7 @@ def held(engine: Engine) -> Iterator[None]:
 
 
 Start = Callable[..., Running]
+Visit = Callable[..., Opened]
 
 
 @pytest.fixture(scope="session")
@@ -133,3 +138,49 @@ def start(vlm: seekvl.VLM) -> Iterator[Start]:
     """Start servers of one's own settings; they end with the test."""
     with contextlib.ExitStack() as stack:
         yield lambda **changes: stack.enter_context(running(vlm, **changes))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """One Chromium for the tests of a file."""
+    sync = pytest.importorskip("playwright.sync_api", reason="the page is driven through playwright")
+    if not CHROMIUM.exists():
+        pytest.skip(f"the page is driven in {CHROMIUM}, which is not here: apt-get install chromium")
+    with sync.sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=str(CHROMIUM),
+            args=[
+                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+                *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),  # a camera
+            ],
+        )
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def visit(browser: "Browser") -> Iterator[Visit]:
+    """Open pages; at the end nothing must have gone wrong in any, and nobody else been asked."""
+    with contextlib.ExitStack() as stack:
+
+        def open_page(url: str, **options: Any) -> Opened:
+            opened = Opened(browser, url, **options)
+            stack.callback(opened.close)
+            return opened
+
+        yield open_page
+
+
+@pytest.fixture
+def opened(visit: Visit, server: Running) -> Opened:
+    """The page on the bundled model, ready."""
+    return visit(server.url).ready()
+
+
+@pytest.fixture(scope="module")
+def tiled() -> Iterator[Running]:
+    """A server of the bundled DeepSeek-VL2, which sees pictures in tiles."""
+    with running(
+        seekvl.load("seekvl-nano-moe", device="cpu", dtype="float32"), model="seekvl-nano-moe"
+    ) as server:
+        yield server
