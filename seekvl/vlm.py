@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seekvl.engine.budget import choose_limits
 from seekvl.engine.engine import Engine
+from seekvl.engine.gpu.layers import accelerate_on_gpu
 from seekvl.engine.kernels.accelerate import PACKED, accelerate
 from seekvl.engine.kernels.towers import TOWERS
 from seekvl.engine.request import (
@@ -118,9 +119,10 @@ class VLM:
         self.processor = processor
         self.prefill_chunk = prefill_chunk
         """Most prompt tokens in one forward pass; None leaves it to `engine.budget.choose_limits`."""
-        self.kernels = accelerate(model.language)
-        """Level of the CPU kernels that decoding runs on (see `engine.kernels.compiled`); None where torch
-        computes, as on a GPU.
+        gpu = accelerate_on_gpu(model)
+        self.kernels = accelerate(model.language) if gpu is None else gpu
+        """Level of what decoding runs on: the CPU kernels (see `engine.kernels.compiled`) or the GPU path (see
+        `engine.gpu.switch`); None where torch walks through the layers.
         """
         accelerate(model.vision, kernels=TOWERS)
         accelerate(model.adaptor, kernels=PACKED)
