@@ -14,8 +14,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from seekvl.engine.budget import choose_limits
@@ -25,7 +25,7 @@ from seekvl.engine.prompt import Prompt, Shown, make_prompt
 from seekvl.engine.request import Piece, Request
 from seekvl.engine.row import Row, start_row
 from seekvl.engine.runner import Runner
-from seekvl.engine.sampler import Peak, choose_next, likelihood, peaks
+from seekvl.engine.sampler import choose, likelihood
 from seekvl.engine.scheduler import Encode, Fill, Job, Limits, Placement, Plan, QueueFull, Scheduler
 from seekvl.models.vl2 import AnyVL
 from seekvl.processing.encode import ModelInput
@@ -372,7 +372,7 @@ class Engine:
         with self._state:
             self._scheduler.filled(work)
         if logits is not None:
-            self._extend(job, logits[None], fed=[], found=peaks(logits[None]))
+            self._extend(job, logits[None], fed=[])
 
     def _decode(self, jobs: Sequence[Job]) -> None:
         """Feed each answer its last token, and those that are guessed to follow."""
@@ -384,15 +384,13 @@ class Engine:
             [token for tokens in fed for token in tokens],
             held={slot: self._scheduler.held(job) for slot, job in zip(slots, jobs, strict=True)},
         )  # n v
-        found = peaks(logits)  # when a GPU has done the step, and not before: it belongs to all answers
         seconds = time.perf_counter() - began
         for job in jobs:
             self._tasks[job][0].clock.decode += seconds
-        ends = list(accumulate(len(tokens) for tokens in fed))
-        for job, tokens, end in zip(jobs, fed, ends, strict=True):
-            rows = slice(end - len(tokens), end)
+        parts = torch.split(logits, [len(tokens) for tokens in fed])
+        for job, tokens, rows in zip(jobs, fed, parts, strict=True):
             try:
-                self._extend(job, logits[rows], fed=tokens, found=found[rows])
+                self._extend(job, rows, fed=tokens)
             except Exception as error:
                 self._fail(job, error)
 
@@ -406,17 +404,14 @@ class Engine:
             fed.append([row.last, *guess])
         return fed
 
-    def _extend(self, job: Job, logits: Tensor, *, fed: Sequence[int], found: Sequence[Peak]) -> None:
-        """Choose tokens from the logits f32[n, v] after those that were fed, as far as these were right.
-
-        found: the likeliest token of each row.
-        """
+    def _extend(self, job: Job, logits: Tensor, *, fed: Sequence[int]) -> None:
+        """Choose tokens from the logits f32[n, v] after those that were fed, as far as these were right."""
         row, _ = self._tasks[job]
         pieces: list[Piece] = []
         while not row.done:
             began = time.perf_counter()
             scores, most = logits[len(pieces)], row.request.params.logprobs
-            token = choose_next(scores, row.sampler, found[len(pieces)])
+            (token,) = choose(scores[None], [row.sampler])
             told = None if most is None else likelihood(scores, token, most=most)
             row.clock.decode += time.perf_counter() - began
             pieces.append(row.take(token, likelihood=told))

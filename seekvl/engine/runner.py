@@ -44,7 +44,7 @@ class Runner:
     def spare(self, rows: int) -> int:
         """Return how many guessed tokens a step may take beside one token for each of so many rows."""
         if self.exact:
-            return max(0, self._together() - rows)
+            return max(0, self._exact_rows() - rows)
         return GUESSED if rows == 1 else 0
 
     def seamless(self) -> bool:
@@ -62,7 +62,7 @@ class Runner:
             self._static = static_decoder(self.model)
         return changed
 
-    def _together(self) -> int:
+    def _exact_rows(self) -> int:
         """Return how many tokens one step may have so that each gets the numbers it would get alone."""
         return 1 if self._static is not None else exact_rows(self.model, self.cache)
 
@@ -132,7 +132,7 @@ class Runner:
         """
         for slot, length in held.items():
             self.cache.truncate(slot, length)
-        size = self._together() if self.exact else len(slots)
+        size = self._exact_rows() if self.exact else len(slots)
         logits = [
             self._step(tokens[begin : begin + size], slots[begin : begin + size])
             for begin in range(0, len(slots), size)

@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,36 +41,23 @@ class Sampler:
             self.generator = torch_generator(self.params.seed, "sampling")
 
 
-class Peak(NamedTuple):
-    """The likeliest token of a row of logits."""
-
-    token: int
-    logit: float
-
-
-def peaks(logits: Tensor) -> list[Peak]:
-    """Return the likeliest token of each row of logits f32[n, v]; a GPU is waited for once, not once a row."""
-    found, tokens = logits.max(dim=-1)
-    return [Peak(token, logit) for token, logit in zip(tokens.tolist(), found.tolist(), strict=True)]
-
-
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """Choose the next token of each row of logits f32[n, v]; see `choose_next`."""
-    rows = zip(logits, samplers, peaks(logits), strict=True)
-    return [choose_next(scores, sampler, peak) for scores, sampler, peak in rows]
-
-
-def choose_next(logits: Tensor, sampler: Sampler, peak: Peak) -> int:
-    """Choose the next token from logits f32[v], of which the likeliest is known.
+    """Choose the next token of each row of logits f32[n, v].
 
     Raises SeekVLError for logits that are not finite.
     """
-    if not math.isfinite(peak.logit):
-        raise SeekVLError(
-            f"logits for token {len(sampler.generated) + 1} are not finite: {peak.logit}; "
-            "check the weights with `seekvl verify`, or do not compute in float16"
-        )
-    return peak.token if sampler.params.plain_greedy else choose_one(logits, sampler)
+    peaks, likeliest = logits.max(dim=-1)
+    for row, peak in enumerate(peaks.tolist()):
+        if not math.isfinite(peak):
+            raise SeekVLError(
+                f"logits for token {len(samplers[row].generated) + 1} of row {row} are not finite: {peak}; "
+                "check the weights with `seekvl verify`, or do not compute in float16"
+            )
+    tokens = likeliest.tolist()
+    return [
+        token if sampler.params.plain_greedy else choose_one(logits[row], sampler)
+        for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True))
+    ]
 
 
 def choose_one(logits: Tensor, sampler: Sampler) -> int:

@@ -311,10 +311,16 @@ def _by_group(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     ends i32[E].
     """
     weight = weight.to(rows.dtype)
-    aligned = all(side * rows.element_size() % ALIGNMENT == 0 for side in weight.shape[1:])
-    if aligned and hasattr(F, "grouped_mm"):
+    if aligned(weight) and hasattr(F, "grouped_mm"):
         return F.grouped_mm(rows, weight.mT, offs=ends)
     return _by_loop(rows, weight, ends)
+
+
+def aligned(*weights: Tensor) -> bool:
+    """Whether a grouped product can take stacks of matrices [E, o, i]: their rows, and those of its results."""
+    return all(
+        side * weight.element_size() % ALIGNMENT == 0 for weight in weights for side in weight.shape[1:]
+    )
 
 
 def _by_loop(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def test_a_seed_repeats_and_another_differs() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error(bad: float, temperature: float) -> None:
     logits = torch.tensor([[0.0, bad, 1.0]])
-    with pytest.raises(SeekVLError, match=r"token 1 are not finite"):
+    with pytest.raises(SeekVLError, match=r"token 1 of row 0 are not finite"):
         choose(logits, [Sampler(params=SamplingParams(temperature=temperature))])
 
 

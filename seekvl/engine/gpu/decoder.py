@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from seekvl.engine.cache import KVCache
 from seekvl.engine.gpu.kernels import attend_rows
-from seekvl.engine.gpu.layers import GpuExperts
-from seekvl.engine.gpu.switch import Compiled, choose_gpu_level
+from seekvl.engine.gpu.layers import MOST_ROWS, GpuExperts
+from seekvl.engine.gpu.switch import RECORDED, Compiled, choose_gpu_level
 from seekvl.engine.kernels.accelerate import KERNELS
 from seekvl.models import deepseek_v2, llama
 from seekvl.models.deepseek_v2 import DeepseekV2Config
@@ -35,7 +35,7 @@ from seekvl.models.vl import VL
 from seekvl.models.vl2 import VL2, AnyVL
 from seekvl.runtime import SeekVLError
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+BUCKETS = (1, 2, 4, 8, 16, 32, MOST_ROWS)
 """Rows that a step is recorded for; more go in groups of the largest."""
 
 LEAST_CAPACITY = 1024
@@ -104,6 +104,7 @@ class StaticDecoder:
 
     def __init__(self, model: AnyVL, *, level: str) -> None:
         self.model, self.level = model, level
+        self._records = level in RECORDED and model.language.embed_tokens.weight.is_cuda
         self._recordings: dict[int, Recording] = {}
         self._addresses: tuple[int, ...] = ()
         self._pool: tuple[int, int] | None = None
@@ -113,6 +114,11 @@ class StaticDecoder:
         self._after: Callable[[Layer, Tensor, Tensor], Tensor]
         self._before = Compiled(before_cache) if compiled else before_cache
         self._after = Compiled(after_cache) if compiled else after_cache
+        self._attend: Callable[..., Tensor] = attend_rows
+        if self._records:
+            from seekvl.engine.gpu import triton_kernels
+
+            self._attend = triton_kernels.attend_rows
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], *, cache: KVCache, slots: Sequence[int]) -> Tensor:
@@ -132,7 +138,7 @@ class StaticDecoder:
         """Do the step of a group that fits into a bucket."""
         bucket = bucket_of(len(fed))
         padded = torch.tensor(fed + fed[:1] * (bucket - len(fed))).T  # 3 n
-        if self.level == "eager":
+        if not self._records:
             return self._run(padded.to(cache.device), cache)[: len(fed)]
         addresses = tuple(map(Tensor.data_ptr, chain(*cache.buffers)))
         if addresses != self._addresses:
@@ -172,7 +178,7 @@ class StaticDecoder:
             (q, latent_q), stored = self._before(layer, x, table)
             for buffer, new in zip((keys[index], values[index]), stored, strict=True):
                 buffer[slots, :, columns] = new  # n k e
-            mixed = attend_rows(
+            mixed = self._attend(
                 q,
                 keys[index],
                 values[index],

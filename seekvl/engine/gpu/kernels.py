@@ -1,4 +1,4 @@
-"""Attention of a step over the cache: in torch as a reference, in Triton on a GPU.
+"""Attention of a step over the cache in torch, what a GPU's kernel (`gpu.triton_kernels`) is compared with.
 
 No length is asked for on the host: who sees how much stays on the device. So the work can be recorded once
 and replayed for any lengths.
@@ -7,15 +7,8 @@ Letters: n rows of a step, s columns of the cache, h heads, k key-value heads, g
 of what stands in the place of keys, w of what stands in that of values.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
-
-BLOCK = 32
-"""Columns of the cache that a program of the attention takes at once."""
-MOST_PARTS = 32
-"""Parts that the columns of a row may be cut into, so that few rows keep all multiprocessors busy."""
 
 
 def attend_rows(
@@ -33,12 +26,6 @@ def attend_rows(
     q f[n, h, e], keys f[rows, k, s, e], values f[rows, k, s, w], slots and columns i64[n]. latent_q f[n, h,
     w]: with a latent, what meets the values as a second key.
     """
-    if q.is_cuda and triton_there():
-        from seekvl.engine.gpu import triton_kernels
-
-        return triton_kernels.attend_rows(
-            q, keys, values, slots=slots, columns=columns, scale=scale, latent_q=latent_q
-        )
     n, k = len(q), keys.shape[1]
     k_rows, v_rows = keys[slots], values[slots]  # n k s e, n k s w
     scores = q.unflatten(1, (k, -1)).float() @ k_rows.mT.float()  # n k g s
@@ -47,11 +34,3 @@ def attend_rows(
     seen = torch.arange(keys.shape[2], device=q.device) <= columns[:, None]  # n s
     scores = (scores * scale).masked_fill(~seen.view(n, 1, 1, -1), -torch.inf)
     return (scores.softmax(dim=-1).to(q.dtype) @ v_rows).flatten(1, 2)  # n h w
-
-
-@cache
-def triton_there() -> bool:
-    """Whether Triton is installed, as with every CUDA build of torch on Linux."""
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None

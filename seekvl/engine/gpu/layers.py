@@ -8,13 +8,13 @@ Letters: n tokens, k experts a token, d width, v views (pictures or tiles).
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seekvl.engine.gpu.kernels import triton_there
-from seekvl.engine.gpu.switch import Compiled, choose_gpu_level
+from seekvl.engine.gpu.switch import RECORDED, Compiled, choose_gpu_level
 from seekvl.engine.kernels.accelerate import KernelExperts
 from seekvl.models import sam, siglip
-from seekvl.models.moe import Experts
+from seekvl.models.moe import Experts, aligned
 from seekvl.models.vl2 import AnyVL
 
 MOST_SLOTS = 48
@@ -22,20 +22,33 @@ MOST_SLOTS = 48
 sorted: eight tokens of the published models. A guess: no GPU has been asked yet (docs/performance.md).
 """
 
+MOST_ROWS = 64
+"""Most rows of a recorded step."""
+
+GROUPED_SINCE = (9, 0)
+"""Compute capability from which torch's grouped product of bfloat16 asks the device for nothing."""
+
 
 class GpuExperts(Experts):
     """Routed experts that a few tokens read where they lie, and many through grouped products."""
 
+    grouped: bool
+    """Whether this GPU has a grouped product of bfloat16 that does not ask the device for lengths."""
+
     def forward(self, x: Tensor, *, experts: Tensor, weights: Tensor) -> Tensor:
         """Return f[n, d]: what experts i64[n, k] make of x[n, d], summed in float32 by weights f32[n, k]."""
-        if not (x.is_cuda and triton_there()) or experts.numel() > MOST_SLOTS or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not (experts.numel() <= MOST_SLOTS or self._waits(x)):
             return super().forward(x, experts=experts, weights=weights)
         from seekvl.engine.gpu import triton_kernels
 
-        outputs = triton_kernels.slot_experts(
-            x, experts, gate=self.gate_proj, up=self.up_proj, down=self.down_proj
-        )  # n k d
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        outputs = triton_kernels.slot_experts(x, experts, gate=gate, up=up, down=down)  # n k d
         return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+    def _waits(self, x: Tensor) -> bool:
+        """Whether tokens of a step would wait for the device in a grouped product, which nobody can record."""
+        served = self.grouped and x.dtype == torch.bfloat16 and aligned(self.gate_proj, self.down_proj)
+        return len(x) <= MOST_ROWS and not served
 
 
 class CompiledSiglipBlock(siglip.Block):
@@ -86,7 +99,7 @@ def accelerate_on_gpu(model: AnyVL, level: str | None = None) -> str | None:
     torch walks through the layers. Layers of a lower level get their own class back.
     """
     chosen = choose_gpu_level(model.language.embed_tokens.weight.device, level)
-    wanted = (EXPERTS if chosen in ("graphs", "compiled") else {}) | (BLOCKS if chosen == "compiled" else {})
+    wanted = (EXPERTS if chosen in RECORDED else {}) | (BLOCKS if chosen == "compiled" else {})
     plain = {fast: own for own, fast in (EXPERTS | BLOCKS).items()}
     if wanted:
         plain[KernelExperts] = Experts  # of a network that was on the CPU before
@@ -94,4 +107,11 @@ def accelerate_on_gpu(model: AnyVL, level: str | None = None) -> str | None:
         own = plain.get(type(module), type(module))
         if own in wanted or type(module) in plain:
             module.__class__ = wanted.get(own, own)
+        if isinstance(module, GpuExperts):
+            module.grouped = _grouped(module.gate_proj.device)
     return chosen
+
+
+def _grouped(device: torch.device) -> bool:
+    """Whether a device has a grouped product that asks it for nothing."""
+    return hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(device) >= GROUPED_SINCE

@@ -9,6 +9,7 @@
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Generic, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ SWITCH = "SEEKVL_GPU"
 """Environment variable that names the level: auto, which is the last, or one of `LEVELS`."""
 
 LEVELS = ("off", "eager", "graphs", "compiled")
+RECORDED = ("graphs", "compiled")
+"""Levels of a GPU alone."""
 
 RECOMPILES = 64
 """Shapes that torch may compile a function for: seven buckets, layers with and without experts."""
@@ -30,16 +33,22 @@ def choose_gpu_level(device: torch.device, name: str | None = None) -> str | Non
     """Return the level of a model on this device, None where torch walks through the layers; None as a name
     reads `SWITCH`.
 
-    On a CPU that is None unless "eager" is asked for: what a GPU records then runs there as it is.
+    On a CPU that is None unless "eager" is asked for: what a GPU records then runs there as it is. Without
+    Triton, which every CUDA build of torch on Linux brings, "auto" is "eager".
 
-    Raises SeekVLError for a level that does not exist.
+    Raises SeekVLError for a level that does not exist, or that wants Triton where there is none.
     """
     wish = os.environ.get(SWITCH, "auto") if name is None else name
     if wish not in ("auto", *LEVELS):
         raise SeekVLError(f"{SWITCH}={wish!r} is unknown; use auto or one of {', '.join(LEVELS)}")
     if wish == "off" or (device.type != "cuda" and wish != "eager"):
         return None
-    return LEVELS[-1] if wish == "auto" else wish
+    triton = find_spec("triton") is not None
+    if wish in RECORDED and not triton:
+        raise SeekVLError(f"{SWITCH}={wish!r} needs the package triton; use eager or off")
+    if wish != "auto":
+        return wish
+    return LEVELS[-1] if triton else "eager"
 
 
 class Compiled(Generic[Result]):
@@ -47,7 +56,9 @@ class Compiled(Generic[Result]):
 
     def __init__(self, function: Callable[..., Result]) -> None:
         self._plain = function
-        self._fast: Callable[..., Result] | None = torch.compile(function, dynamic=False)
+        self._fast: Callable[..., Result] | None = torch.compile(
+            function, dynamic=False, fullgraph=True
+        )
 
     def __call__(self, *args: object) -> Result:
         if self._fast is not None:

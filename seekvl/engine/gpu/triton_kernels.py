@@ -1,6 +1,8 @@
-"""The two Triton kernels of a step, each with what launches it; what they compute is said in `gpu.kernels`.
+"""The two Triton kernels of a step, each with what launches it: attention over the cache, as `gpu.kernels`
+says it, and experts that a few tokens read where they lie.
 
-Letters as there; p parts that the columns of a row are cut into.
+Letters as there; p parts that the columns of a row are cut into, z slots (n * experts a token), d width of a
+token, m width of an expert.
 """
 
 from functools import cache
@@ -10,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seekvl.engine.gpu.kernels import BLOCK, MOST_PARTS
-
+BLOCK = 32
+"""Columns of the cache that a program of the attention takes at once."""
+MOST_PARTS = 32
+"""Parts that the columns of a row may be cut into, so that few rows keep all multiprocessors busy."""
 ROWS, INPUTS = 8, 256
 """Rows of an expert's matrix that a program takes, and inputs at once."""
 
@@ -68,7 +72,7 @@ def attend_rows(
     slots: Tensor,
     columns: Tensor,
     scale: float,
-    latent_q: Tensor | None,
+    latent_q: Tensor | None = None,
 ) -> Tensor:
     """Do as `kernels.attend_rows`: columns in parts at the same time, merged by their sums."""
     (n, h, e), k, w = q.shape, keys.shape[1], values.shape[3]
