@@ -33,8 +33,8 @@ def attend(
     """Return softmax(scale q k^T) v, f[b, h, t, w], of q[b, h, t, e], k[b, k, s, e] and v[b, k, s, w].
 
     mask: bool, broadcast to [b, h, t, s], True where a new token may look. causal: in the place of a mask,
-    the new tokens are the last of those visible, and each sees those before it and itself. scale: 1 / sqrt(e) by default. Heads share key-value heads evenly where those
-    are fewer.
+    the new tokens are the last of those visible, and each sees those before it and itself. scale: 1 / sqrt(e)
+    by default. Heads share key-value heads evenly where those are fewer.
     """
     (t, s), on_cpu = (q.shape[2], k.shape[2]), q.device.type == "cpu"
     if mask is None and q.shape[1] == k.shape[1] and _learns_on_cpu(q):
@@ -156,7 +156,9 @@ def _last_rows(tokens: int, seen: int) -> Tensor:
 
 def _last_rows_unwritten(tokens: int, seen: int) -> Tensor:
     """Return the same as a mask that is never written out: CUDA's flash kernel takes no other."""
-    from torch.nn.attention.bias import causal_lower_right  # with torch's compiler: seconds, on a CPU for naught
+    from torch.nn.attention.bias import (
+        causal_lower_right,
+    )  # with torch's compiler: seconds, on a CPU for naught
 
     return causal_lower_right(tokens, seen)
 

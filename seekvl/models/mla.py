@@ -68,7 +68,7 @@ class Mla(nn.Module):
         super().__init__()
         self.config = config
         self.heads = heads
-        self.scale = config.query_width**-0.5
+        self.scale: float = config.query_width**-0.5
         self.q_proj = nn.Linear(width, heads * config.query_width, bias=False)
         self.kv_a_proj = nn.Linear(width, config.kv_rank + config.rope_width, bias=False)
         self.kv_a_norm = RmsNorm(config.kv_rank, eps=NORM_EPS)
@@ -95,9 +95,7 @@ class Mla(nn.Module):
         mixed: Tensor = self.o_proj(rearrange(out, "b h t w -> b t (h w)"))  # b t d
         return mixed
 
-    def project(
-        self, x: Tensor, *, table: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, *, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return queries f[b, h, t, n] without and f[b, h, t, p] with position, and of x[b, t, d] what is
         cached: rotary key f[b, 1, t, p] and latent f[b, 1, t, r].
         """

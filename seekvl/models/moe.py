@@ -317,7 +317,7 @@ def _by_group(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def aligned(*weights: Tensor) -> bool:
-    """Whether a grouped product can take stacks of matrices [E, o, i]: their rows, and those of its results."""
+    """Whether a grouped product can take stacks of matrices [E, o, i]: rows aligned, those of results too."""
     return all(
         side * weight.element_size() % ALIGNMENT == 0 for weight in weights for side in weight.shape[1:]
     )

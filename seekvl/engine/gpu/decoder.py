@@ -14,9 +14,11 @@ Letters: n rows of a step, d width, h heads, k key-value heads, e width of a hea
 latent, v vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,9 @@ from seekvl.models.moe import Gate, Moe
 from seekvl.models.vl import VL
 from seekvl.models.vl2 import VL2, AnyVL
 from seekvl.runtime import SeekVLError
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 BUCKETS = (1, 2, 4, 8, 16, 32, MOST_ROWS)
 """Rows that a step is recorded for; more go in groups of the largest."""
@@ -107,7 +112,7 @@ class StaticDecoder:
         self._records = level in RECORDED and model.language.embed_tokens.weight.is_cuda
         self._recordings: dict[int, Recording] = {}
         self._addresses: tuple[int, ...] = ()
-        self._pool: tuple[int, int] | None = None
+        self._pool: _POOL_HANDLE | None = None
         """Memory that all recordings share: no two run at once, and none leaves anything to another."""
         compiled = level == "compiled"
         self._before: Callable[[Layer, Tensor, Table], tuple[Queries, Stored]]
@@ -153,7 +158,8 @@ class StaticDecoder:
 
     def _record(self, fed: Tensor, cache: KVCache) -> "Recording":
         """Record a step of a bucket; the cache is left as after this step, however often it was made."""
-        stream, current = torch.cuda.Stream(fed.device), torch.cuda.current_stream(fed.device)
+        current = torch.cuda.current_stream(fed.device)
+        stream = torch.cuda.Stream(fed.device)  # type: ignore[no-untyped-call]  # torch has no types here
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -208,7 +214,7 @@ def _scale(attn: Attention | Mla) -> float:
     """Return what scores are multiplied by."""
     if isinstance(attn, Mla):
         return attn.scale
-    return (attn.q_proj.out_features // attn.heads) ** -0.5
+    return 1 / math.sqrt(attn.q_proj.out_features // attn.heads)
 
 
 def before_cache(layer: Layer, x: Tensor, table: Table) -> tuple[Queries, Stored]:

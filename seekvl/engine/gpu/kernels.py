@@ -28,9 +28,10 @@ def attend_rows(
     """
     n, k = len(q), keys.shape[1]
     k_rows, v_rows = keys[slots], values[slots]  # n k s e, n k s w
-    scores = q.unflatten(1, (k, -1)).float() @ k_rows.mT.float()  # n k g s
+    scores = torch.unflatten(q, 1, (k, -1)).float() @ k_rows.mT.float()  # n k g s
     if latent_q is not None:
-        scores = scores + latent_q.unflatten(1, (k, -1)).float() @ v_rows.mT.float()
+        scores = scores + torch.unflatten(latent_q, 1, (k, -1)).float() @ v_rows.mT.float()
     seen = torch.arange(keys.shape[2], device=q.device) <= columns[:, None]  # n s
     scores = (scores * scale).masked_fill(~seen.view(n, 1, 1, -1), -torch.inf)
-    return (scores.softmax(dim=-1).to(q.dtype) @ v_rows).flatten(1, 2)  # n h w
+    mixed: Tensor = scores.softmax(dim=-1).to(q.dtype) @ v_rows  # n k g w
+    return mixed.flatten(1, 2)

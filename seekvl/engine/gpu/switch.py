@@ -1,9 +1,9 @@
 """How far the GPU path goes: each level does what the one before it does, and one thing more.
 
-    off        torch walks through the layers, as on any device
-    eager      a step runs on memory that never moves and waits for nothing
-    graphs     it is recorded as a CUDA graph and replayed; attention and experts are our Triton kernels
-    compiled   what lies between them, and the blocks of vision towers, are compiled by torch
+off        torch walks through the layers, as on any device
+eager      a step runs on memory that never moves and waits for nothing
+graphs     it is recorded as a CUDA graph and replayed; attention and experts are our Triton kernels
+compiled   what lies between them, and the blocks of vision towers, are compiled by torch
 """
 
 import os
@@ -56,11 +56,10 @@ class Compiled(Generic[Result]):
 
     def __init__(self, function: Callable[..., Result]) -> None:
         self._plain = function
-        self._fast: Callable[..., Result] | None = torch.compile(
-            function, dynamic=False, fullgraph=True
-        )
+        self._fast: Callable[..., Result] | None = torch.compile(function, dynamic=False, fullgraph=True)
 
     def __call__(self, *args: object) -> Result:
+        """Call the function; what torch cannot compile is told once."""
         if self._fast is not None:
             from torch._dynamo import config
             from torch._dynamo.exc import TorchDynamoException

@@ -27,7 +27,7 @@ def _attend(
     E: tl.constexpr, W: tl.constexpr, LATENT: tl.constexpr, PRECISION: tl.constexpr,
     E_WIDE: tl.constexpr, W_WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One part of the columns of one row, for the heads that share a key-value head."""
+    """Attend to one part of the columns of one row, with the heads that share a key-value head."""
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g, e, w = tl.arange(0, GROUP), tl.arange(0, E_WIDE), tl.arange(0, W_WIDE)
     slot, length = tl.load(slots + row), tl.load(columns + row) + 1
@@ -97,7 +97,7 @@ def _multiply(
     x, first, second, experts, out, inputs, outputs, per_row,
     GATED: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of the matrix of one slot's expert; gated, silu of the first times the second."""
+    """Multiply some rows of the matrix of one slot's expert; gated, silu of the first times the second."""
     slot, block = tl.program_id(0), tl.program_id(1)
     expert = tl.load(experts + slot)
     o = block * ROWS + tl.arange(0, ROWS)
@@ -127,9 +127,7 @@ def slot_experts(x: Tensor, experts: Tensor, *, gate: Tensor, up: Tensor, down: 
     _multiply[(slots, triton.cdiv(m, ROWS))](
         x, gate, up, experts, hidden, d, m, experts.shape[1], GATED=True, **sizes
     )
-    _multiply[(slots, triton.cdiv(d, ROWS))](
-        hidden, down, down, experts, out, m, d, 1, GATED=False, **sizes
-    )
+    _multiply[(slots, triton.cdiv(d, ROWS))](hidden, down, down, experts, out, m, d, 1, GATED=False, **sizes)
     return out
 
 

@@ -1,6 +1,6 @@
 """Attention over the cache beside the slow way, and the Triton kernels beside both.
 
-Without a GPU the Triton kernels run in its interpreter, where that is asked for (it needs the package triton):
+Without a GPU the Triton kernels run in Triton's interpreter, where that is asked for and triton installed:
 
     TRITON_INTERPRET=1 pytest tests/engine/gpu/test_kernels.py
 """
@@ -120,7 +120,9 @@ def test_experts_of_few_tokens(dtype: torch.dtype, device: str) -> None:
     assert found.shape == (3, 2, 300)
     for token in range(3):
         for place, expert in enumerate(experts[token].tolist()):
-            row, g, u, d = (tensor.double().cpu() for tensor in (x[token], gate[expert], up[expert], down[expert]))
+            row, g, u, d = (
+                tensor.double().cpu() for tensor in (x[token], gate[expert], up[expert], down[expert])
+            )
             wanted = d @ (F.silu(g @ row) * (u @ row))
             torch.testing.assert_close(
                 found[token, place].double().cpu(), wanted, rtol=0, atol=HALVES[dtype] / 4
