@@ -73,12 +73,16 @@ class Runner:
     def reset(self) -> None:
         """Begin with an empty cache, where and of what dtype the weights are now."""
         self.cache = _new_cache(self.model)
+        if self._static is not None:
+            self._static.forget()
 
     def prepare(self, plan: Plan) -> None:
         """Give the cache the shape of a plan, and a job that begins its slot."""
         rows, capacity = plan.rows, plan.capacity
         if self._static is not None:
             rows, capacity = roomy(rows, capacity, longest=self.cache.limit, tokens=self.tokens)
+            if (rows, capacity) != (self.cache.rows, self.cache.capacity):
+                self._static.forget()
         self.cache.resize(rows=rows, capacity=capacity)
         if (placed := plan.placement) is not None:
             self.cache.copy(placed.source, placed.slot, length=placed.shared)

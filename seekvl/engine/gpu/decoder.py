@@ -125,6 +125,11 @@ class StaticDecoder:
 
             self._attend = triton_kernels.attend_rows
 
+    def forget(self) -> None:
+        """Give up all recordings, and with them what they hold of a former cache."""
+        self._recordings.clear()
+        self._pool = None  # it ends with the last recording
+
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], *, cache: KVCache, slots: Sequence[int]) -> Tensor:
         """Feed a token to each of these slots, none twice; return the logits f32[n, v] of the next ones."""
@@ -142,17 +147,17 @@ class StaticDecoder:
     def _group(self, fed: list[tuple[int, int, int]], cache: KVCache) -> Tensor:
         """Do the step of a group that fits into a bucket."""
         bucket = bucket_of(len(fed))
-        padded = torch.tensor(fed + fed[:1] * (bucket - len(fed))).T  # 3 n
+        padded = torch.tensor(fed + fed[:1] * (bucket - len(fed))).T.contiguous()  # 3 n
         if not self._records:
             return self._run(padded.to(cache.device), cache)[: len(fed)]
         addresses = tuple(map(Tensor.data_ptr, chain(*cache.buffers)))
         if addresses != self._addresses:
-            self._recordings.clear()
+            self.forget()
             self._addresses = addresses
         recording = self._recordings.get(bucket)
         if recording is None:
             recording = self._recordings[bucket] = self._record(padded.to(cache.device), cache)
-        recording.fed.copy_(padded)  # a few numbers from the host, which need not wait for the device
+        recording.fed.copy_(padded, non_blocking=True)  # so few that the call takes them along
         recording.graph.replay()
         return recording.logits[: len(fed)].clone()  # the next step writes there
 
@@ -166,7 +171,12 @@ class StaticDecoder:
                 self._run(fed, cache)
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph,
+            pool=self._pool,
+            stream=stream,
+            capture_error_mode="thread_local",  # other threads may use the device meanwhile
+        ):
             logits = self._run(fed, cache)
         self._pool = graph.pool()
         held = [tensor.detach() for tensor in chain(self.model.language.parameters(), *cache.buffers)]

@@ -32,7 +32,7 @@ GROUPED_SINCE = (9, 0)
 class GpuExperts(Experts):
     """Routed experts that a few tokens read where they lie, and many through grouped products."""
 
-    records: bool
+    recordable: bool
     """Whether this GPU has a grouped product of bfloat16 that does not ask the device for lengths."""
 
     def forward(self, x: Tensor, *, experts: Tensor, weights: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class GpuExperts(Experts):
 
     def _waits(self, x: Tensor) -> bool:
         """Whether tokens of a step would wait in a grouped product, which nobody can record."""
-        served = self.records and x.dtype == torch.bfloat16 and aligned(self.gate_proj, self.down_proj)
+        served = self.recordable and x.dtype == torch.bfloat16 and aligned(self.gate_proj, self.down_proj)
         return len(x) <= MOST_ROWS and not served
 
 
@@ -108,7 +108,7 @@ def accelerate_on_gpu(model: AnyVL, level: str | None = None) -> str | None:
         if own in wanted or type(module) in plain:
             module.__class__ = wanted.get(own, own)
         if isinstance(module, GpuExperts):
-            module.records = _grouped(module.gate_proj.device)
+            module.recordable = _grouped(module.gate_proj.device)
     return chosen
 
 

@@ -1,11 +1,14 @@
 """The two Triton kernels of a step, each with what launches it: attention over the cache, as `gpu.kernels`
 says it, and experts that a few tokens read where they lie.
 
+Annotations of kernels are strings, for Triton takes any other name in them for a variable.
+
 Letters as there; p parts that the columns of a row are cut into, z slots (n * experts a token), d width of a
 token, m width of an expert.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -22,11 +25,12 @@ ROWS, INPUTS = 8, 256
 
 @triton.jit
 def _attend(
-    q, latent_q, keys, values, slots, columns, out, sums,
-    scale, shared, parts, slot_keys, head_keys, slot_values, head_values,
+    q: "Any", latent_q: "Any", keys: "Any", values: "Any",
+    slots: "Any", columns: "Any", out: "Any", sums: "Any", scale: "Any", shared: "Any", parts: "Any",
+    slot_keys: "Any", head_keys: "Any", slot_values: "Any", head_values: "Any",
     E: tl.constexpr, W: tl.constexpr, LATENT: tl.constexpr, PRECISION: tl.constexpr,
     E_WIDE: tl.constexpr, W_WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Attend to one part of the columns of one row, with the heads that share a key-value head."""
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g, e, w = tl.arange(0, GROUP), tl.arange(0, E_WIDE), tl.arange(0, W_WIDE)
@@ -75,6 +79,8 @@ def attend_rows(
     latent_q: Tensor | None = None,
 ) -> Tensor:
     """Do as `kernels.attend_rows`: columns in parts at the same time, merged by their sums."""
+    assert slots.is_contiguous()
+    assert columns.is_contiguous()
     (n, h, e), k, w = q.shape, keys.shape[1], values.shape[3]
     parts = max(1, min(MOST_PARTS, 2 * _multiprocessors(q.device) // (n * k)))
     out = torch.empty(n, h, parts, w, dtype=torch.float32, device=q.device)
@@ -94,9 +100,10 @@ def attend_rows(
 
 @triton.jit
 def _multiply(
-    x, first, second, experts, out, inputs, outputs, per_row,
+    x: "Any", first: "Any", second: "Any", experts: "Any", out: "Any",
+    inputs: "Any", outputs: "Any", per_row: "Any",
     GATED: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Multiply some rows of the matrix of one slot's expert; gated, silu of the first times the second."""
     slot, block = tl.program_id(0), tl.program_id(1)
     expert = tl.load(experts + slot)

@@ -78,7 +78,7 @@ def test_experts_equal_those_of_torch(tokens: int, dtype: torch.dtype, device: s
         wanted = plain(x, experts=experts, weights=weights)
         fast = plain.to(device, dtype)
         fast.__class__ = GpuExperts
-        fast.records = layers._grouped(torch.device(device))
+        fast.recordable = layers._grouped(torch.device(device))
         found = fast(x.to(device, dtype), experts=experts.to(device), weights=weights.to(device))
     bound = (1e-4 if dtype == torch.float32 else 2e-2) * wanted.abs().max()
     assert (found.float().cpu() - wanted).abs().max() < bound
@@ -89,14 +89,14 @@ def test_what_a_grouped_product_makes_wait(monkeypatch: pytest.MonkeyPatch) -> N
     experts = next(module for module in load("vl2-small-like").model.modules() if isinstance(module, Experts))
     experts.__class__ = GpuExperts
     half = torch.zeros(64, 1, dtype=torch.bfloat16)
-    experts.to(torch.bfloat16).records = True
+    experts.to(torch.bfloat16).recordable = True
     assert not experts._waits(half)
     assert experts._waits(half.float()), "a dtype it has no product for"
     assert not experts._waits(torch.zeros(65, 1)), "more rows than a step has"
     monkeypatch.setattr(layers, "aligned", lambda *_weights: False)
     assert experts._waits(half), "widths it does not take"
     monkeypatch.undo()
-    experts.records = False
+    experts.recordable = False
     assert experts._waits(half), "a GPU without it"
 
 
