@@ -83,14 +83,14 @@ class Measured:
 def make(preset: Preset, *, device: torch.device) -> tuple[VLM, CheckpointConfig]:
     """Make a model whose answers never end by themselves."""
     config = random_config(preset)
-    tokenizer = open_tokenizer(TOKENIZERS[isinstance(preset.model, VL2Config)], config)
+    tiled = isinstance(preset.model, VL2Config)
     processor = Processor(
-        tokenizer,
+        open_tokenizer(TOKENIZERS[tiled], config),
         config.image,
         config.template,
         preprocessing="seekvl"
-        if isinstance(preset.model, VL2Config)
-        else "transformers",  # as a peer does it
+        if tiled
+        else "transformers",  # which has these models and sees the same pixels
         max_tokens=config.max_tokens,
     )
     vlm = VLM(random_network(preset, device=device), processor)
