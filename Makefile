@@ -44,7 +44,7 @@ test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
 
 test-gpu: $(VENV)/.dev
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m gpu -rs
 
 test-arm: $(VENV)/.dev
 	$(BIN)/pytest -m arm tests/engine/kernels/test_arm.py

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seekvl.engine.budget import choose_limits
 from seekvl.engine.engine import Engine
+from seekvl.engine.gpu.layers import accelerate_on_gpu
 from seekvl.engine.kernels.accelerate import PACKED, accelerate
 from seekvl.engine.kernels.towers import TOWERS
 from seekvl.engine.request import (
@@ -86,7 +87,8 @@ def load(
     two pictures of a conversation and sees more of them as a single tile each.
 
     quantize: "int8" or "int4" turns the weights into whole numbers on the way in, for the CPU; a folder made
-    by `seekvl convert --quantize` has them already and opens at once.
+    by `seekvl convert --quantize` has them already and opens at once. On a GPU torchao (extra `gpu`) turns
+    them, into "fp8" as well; see `weights.weight_only` for what stays plain there.
     progress: is told how many matrices are quantised, of how many.
 
     Raises SeekVLError for what cannot be loaded.
@@ -118,9 +120,10 @@ class VLM:
         self.processor = processor
         self.prefill_chunk = prefill_chunk
         """Most prompt tokens in one forward pass; None leaves it to `engine.budget.choose_limits`."""
-        self.kernels = accelerate(model.language)
-        """Level of the CPU kernels that decoding runs on (see `engine.kernels.compiled`); None where torch
-        computes, as on a GPU.
+        gpu = accelerate_on_gpu(model)
+        self.kernels = accelerate(model.language) if gpu is None else gpu
+        """Level of what decoding runs on: the CPU kernels (see `engine.kernels.compiled`) or the GPU path
+        (see `engine.gpu.switch`); None where torch walks through the layers.
         """
         accelerate(model.vision, kernels=TOWERS)
         accelerate(model.adaptor, kernels=PACKED)

@@ -342,8 +342,8 @@ LOADING = [
     Case("quantize", lambda: {"quantize": "int3"}, "quantize='int3'"),
     Case(
         "quantized on a GPU",
-        lambda: {"quantize": "int4", "device": "cuda:0"},
-        "int4 is computed on the CPU alone",
+        lambda: {"quantize": "int4", "device": "cuda:99"},
+        "cuda:99",
     ),
     Case("revision of a folder", lambda: {"revision": "main"}, "revision 'main'"),
     Case("max_tokens 0", lambda: {"max_tokens": 0}, "max_tokens 0"),

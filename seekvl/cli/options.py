@@ -29,10 +29,11 @@ Dtype = Annotated[
     typer.Option(help="Numbers to compute in; auto suits device and size."),
 ]
 Quantize = Annotated[
-    Literal["int8", "int4"] | None,
+    Literal["int8", "int4", "fp8"] | None,
     typer.Option(
-        help="Turn the language model's matrices into whole numbers on the way in, for the CPU: half of the "
-        "memory or less, and of the time a token takes. A folder made by seekvl convert has them already.",
+        help="Turn the language model's matrices into numbers of fewer bits on the way in: half of the "
+        "memory or less, and of the time a token takes on a CPU. A folder made by seekvl convert has them "
+        "already, for a CPU; on a GPU torchao makes them, and fp8 is there alone.",
         show_default=False,
     ),
 ]
@@ -108,7 +109,7 @@ def load_vlm(
     *,
     device: str,
     dtype: str,
-    quantize: Literal["int8", "int4"] | None = None,
+    quantize: Literal["int8", "int4", "fp8"] | None = None,
     preprocessing: Preprocessing = "seekvl",
     max_tiles: int | None = None,
 ) -> "VLM":

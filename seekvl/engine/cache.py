@@ -182,19 +182,6 @@ class RowCache:
         start = self._cache.lengths[self._index]
         return torch.arange(start, start + tokens, device=self._cache.device).unsqueeze(0)
 
-    def mask(self, tokens: int) -> Tensor | None:
-        """Return what t new tokens may see, bool[1, 1, t, s]; None in an empty slot, where plain causal fits.
-
-        2 tokens in the slot, 3 new ones    x x x . .
-                                            x x x x .
-                                            x x x x x
-        """
-        start = self._cache.lengths[self._index]
-        if start == 0 or tokens == 1:
-            return None
-        device = self._cache.device
-        return torch.ones(tokens, start + tokens, dtype=torch.bool, device=device).tril(start)[None, None]
-
     def advance(self, tokens: int) -> None:
         """Count the tokens just stored."""
         self._cache.lengths[self._index] += tokens

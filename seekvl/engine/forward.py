@@ -119,7 +119,7 @@ def _place(cache: KVCache, slot: int, embeds: Tensor) -> _Place:
 def _feed_torch(model: AnyVL, embeds: Tensor, *, cache: KVCache, slot: int) -> Tensor:
     """Do as `feed` without the kernels' one call."""
     view, tokens = cache.row(slot), embeds.shape[1]
-    hidden = model.hidden(embeds, positions=view.positions(tokens), mask=view.mask(tokens), cache=view)
+    hidden = model.hidden(embeds, positions=view.positions(tokens), cache=view)
     view.advance(tokens)
     return hidden
 

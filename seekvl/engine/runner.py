@@ -14,6 +14,7 @@ from torch import Tensor
 from seekvl.engine.budget import FEATURE_SHARE, free_bytes, tiles_at_once
 from seekvl.engine.cache import KVCache
 from seekvl.engine.forward import append, embed_piece, exact_cuts, exact_rows, follow, step
+from seekvl.engine.gpu.decoder import roomy, static_decoder
 from seekvl.engine.pictures import Features, encode_picture
 from seekvl.engine.prompt import Shown
 from seekvl.engine.scheduler import Plan
@@ -27,19 +28,23 @@ GUESSED = 8
 class Runner:
     """A network with its cache and the features of the pictures it saw."""
 
-    def __init__(self, model: AnyVL, *, exact: bool) -> None:
+    def __init__(self, model: AnyVL, *, exact: bool, tokens: int | None = None) -> None:
         self.model = model
         self.exact = exact
         """Whether every row gets the numbers it would get alone."""
+        self.tokens = tokens
+        """Most tokens of the cache, slots times capacity; None: any number."""
         self.cache = _new_cache(model)
         self.features = Features(int(FEATURE_SHARE * free_bytes(self.cache.device)))
+        self._static = static_decoder(model)
+        """What decodes on a GPU; None where `forward.step` does."""
         self._tiles = tiles_at_once(model)
         self._mark = self._look()
 
     def spare(self, rows: int) -> int:
         """Return how many guessed tokens a step may take beside one token for each of so many rows."""
         if self.exact:
-            return max(0, exact_rows(self.model, self.cache) - rows)
+            return max(0, self._exact_rows() - rows)
         return GUESSED if rows == 1 else 0
 
     def seamless(self) -> bool:
@@ -54,7 +59,12 @@ class Runner:
         changed, self._mark = mark != self._mark, mark
         if changed:
             self.features.clear()
+            self._static = static_decoder(self.model)
         return changed
+
+    def _exact_rows(self) -> int:
+        """Return how many tokens one step may have so that each gets the numbers it would get alone."""
+        return 1 if self._static is not None else exact_rows(self.model, self.cache)
 
     def _look(self) -> tuple[int, bool]:
         """Return what everything kept depends on: the weights, and who computes prompts."""
@@ -63,10 +73,17 @@ class Runner:
     def reset(self) -> None:
         """Begin with an empty cache, where and of what dtype the weights are now."""
         self.cache = _new_cache(self.model)
+        if self._static is not None:
+            self._static.forget()
 
     def prepare(self, plan: Plan) -> None:
         """Give the cache the shape of a plan, and a job that begins its slot."""
-        self.cache.resize(rows=plan.rows, capacity=plan.capacity)
+        rows, capacity = plan.rows, plan.capacity
+        if self._static is not None:
+            rows, capacity = roomy(rows, capacity, longest=self.cache.limit, tokens=self.tokens)
+            if (rows, capacity) != (self.cache.rows, self.cache.capacity):
+                self._static.forget()
+        self.cache.resize(rows=rows, capacity=capacity)
         if (placed := plan.placement) is not None:
             self.cache.copy(placed.source, placed.slot, length=placed.shared)
 
@@ -119,14 +136,18 @@ class Runner:
         """
         for slot, length in held.items():
             self.cache.truncate(slot, length)
-        size = exact_rows(self.model, self.cache) if self.exact else len(slots)
+        size = self._exact_rows() if self.exact else len(slots)
         logits = [
-            step(
-                self.model, tokens[begin : begin + size], cache=self.cache, slots=slots[begin : begin + size]
-            )
+            self._step(tokens[begin : begin + size], slots[begin : begin + size])
             for begin in range(0, len(slots), size)
         ]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _step(self, tokens: Sequence[int], slots: Sequence[int]) -> Tensor:
+        """Feed tokens to slots; a guess, several tokens of one slot, is not what a GPU has recorded."""
+        if self._static is not None and len(set(slots)) == len(slots):
+            return self._static.step(tokens, cache=self.cache, slots=slots)
+        return step(self.model, tokens, cache=self.cache, slots=slots)
 
 
 def weights_mark(model: AnyVL) -> int:

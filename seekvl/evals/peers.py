@@ -49,6 +49,18 @@ class Transformers:
         self.model = model_class.from_pretrained(folder, dtype=dtype).eval().to(device)
         self.load = clock() - began
         """Seconds of loading."""
+        self._begin(dtype=dtype, device=device, clock=clock)
+
+    @classmethod
+    def of(cls, model: Any, *, dtype: torch.dtype, device: torch.device, clock: Clock) -> "Transformers":
+        """Return the same of a model of transformers that is there already."""
+        peer = cls.__new__(cls)
+        peer.model, peer.load = model, 0.0
+        peer._begin(dtype=dtype, device=device, clock=clock)
+        return peer
+
+    def _begin(self, *, dtype: torch.dtype, device: torch.device, clock: Clock) -> None:
+        """Take down how to feed and time the model."""
         self._dtype, self._device, self._clock = dtype, device, clock
         self._vision = self._watch()
 

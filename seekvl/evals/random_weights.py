@@ -12,10 +12,10 @@ import torch
 
 from seekvl.engine.budget import free_bytes
 from seekvl.models.cost import parameters
-from seekvl.models.vl2 import VL2Config, on_meta
+from seekvl.models.vl2 import AnyVL, VL2Config, on_meta
 from seekvl.presets import Preset
 from seekvl.processing.tokenizer import VL2_ADDED
-from seekvl.runtime import SeekVLError, torch_generator
+from seekvl.runtime import SeekVLError, seed_for
 from seekvl.weights.config import VL2_TOKENS, CheckpointConfig, SpecialTokens
 from seekvl.weights.load import BUNDLED, NANO
 from seekvl.weights.save import save_checkpoint
@@ -43,21 +43,32 @@ def write_random(preset: Preset, folder: Path, *, tokenizer: Path | None = None)
     tiled = isinstance(preset.model, VL2Config)
     size = sum(parameters(preset.model).values()) * torch.bfloat16.itemsize
     _check_room(size, folder)
-    model = on_meta(preset.model).to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    generator = torch_generator(0, "benchmark weights")
+    model = random_network(preset, device=torch.device("cpu"))
+    save_checkpoint(model, folder, config=random_config(preset), tokenizer=tokenizer or TOKENIZERS[tiled])
+
+
+def random_network(preset: Preset, *, device: torch.device) -> AnyVL:
+    """Make a network in bfloat16 on a device, with random weights: the same ones on every CPU."""
+    model = on_meta(preset.model).to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(seed_for(0, "benchmark weights"))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.02, generator=generator)
         else:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    config = CheckpointConfig(
+    return model
+
+
+def random_config(preset: Preset) -> CheckpointConfig:
+    """Return what the folder of a random network says of it."""
+    tiled = isinstance(preset.model, VL2Config)
+    return CheckpointConfig(
         model=preset.model,
         image=preset.image,
         template=preset.template,
         specials=SPECIALS[tiled],
         layout="official" if tiled else "transformers",
     )
-    save_checkpoint(model, folder, config=config, tokenizer=tokenizer or TOKENIZERS[tiled])
 
 
 def _check_room(size: int, folder: Path) -> None:

@@ -5,16 +5,16 @@ cores of the other. `evals.speed` starts them:
 
     python -m seekvl.evals.speed_process JOB
 
-where JOB is a `Job` as JSON. seekvl is asked through what users hold (`load`, `chat`, `batch`), with another
-picture in every question, and forgets what it has kept of the one before, the system prompt among it.
+where JOB is a `Job` as JSON. seekvl is asked through what users hold (`load`, `stream`, the engine), with
+another picture in every question, and forgets what it has kept of the one before, the system prompt among it.
 """
 
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -24,14 +24,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seekvl.evals.clock import device_clock
+from seekvl.engine.budget import choose_limits
+from seekvl.engine.engine import Engine, read_prompt
+from seekvl.engine.request import Completion, SamplingParams
+from seekvl.evals.clock import Clock, device_clock
 from seekvl.evals.machine import Neighbours, device_memory
 from seekvl.evals.peer_llama import LlamaCpp
 from seekvl.evals.peers import Transformers, disagreement
 from seekvl.processing.choices import Preprocessing
 from seekvl.processing.encode import Processor
 from seekvl.runtime import DTYPES, SeekVLError
-from seekvl.vlm import VLM, load
+from seekvl.vlm import VLM, Messages, load
 from seekvl.weights.config import read_config
 from seekvl.weights.load import find_folder, load_tokenizer
 
@@ -89,7 +92,7 @@ class Measured:
     prefill: float
     """Seconds from the picture's features, or from the words, to the first token."""
     decode: dict[str, float]
-    """Tokens a second of all answers together, without their first tokens; by the number of answers."""
+    """Tokens a second of all answers together, while all of them grow; by the number of answers."""
     memory: dict[str, float]
     """Most memory of the process so far, GiB, see `machine.device_memory`; by the number of answers,
     ascending.
@@ -99,7 +102,7 @@ class Measured:
     neighbours: float
     """Cores that other processes kept busy meanwhile."""
     level: str | None
-    """Level of the CPU kernels; None where torch computes."""
+    """Level of the CPU kernels, or of the GPU path; None where torch computes."""
 
 
 def main(text: str) -> dict[str, object]:
@@ -146,6 +149,7 @@ def measure_seekvl(job: Job) -> Measured:
     began = clock()
     vlm = endless(job)
     loaded = clock() - began
+    vlm.engine = _roomy_engine(vlm, rows=job.batches[-1])
     asked = question(vlm.processor, shown=job.shown)
     bill = vlm.processor(asked).bill
     _require_room(job, prompt=bill.total, positions=vlm.config.language.max_positions)
@@ -163,12 +167,11 @@ def measure_seekvl(job: Job) -> Measured:
         asked = [question(vlm.processor, number=shown + row + 1, shown=job.shown) for row in range(rows)]
         shown += rows
         vlm.engine.forget()
-        answers = vlm.batch(asked, max_new_tokens=job.tokens)
+        rate, answers = together(vlm, asked, steps=job.tokens - 1, clock=clock)
         for one in answers:
             vision.append(one.timings.vision)
             prefill.append(one.timings.prefill)
-        assert len(answers[-1].token_ids) == job.tokens, "an answer has ended early"
-        return rows * (job.tokens - 1) / answers[-1].timings.decode
+        return rate
 
     decode, memory = _each_batch(job, answer)
     return Measured(
@@ -183,6 +186,51 @@ def measure_seekvl(job: Job) -> Measured:
         neighbours=neighbours.cores(),
         level=vlm.kernels,
     )
+
+
+def _roomy_engine(vlm: VLM, *, rows: int) -> Engine:
+    """Return an engine that lets so many answers grow at once."""
+    limits = choose_limits(vlm.model)
+    return Engine(vlm.model, vlm.tokenizer, limits=replace(limits, rows=max(rows, limits.rows)))
+
+
+def together(
+    vlm: VLM, asked: Sequence[Messages], *, steps: int, clock: Clock
+) -> tuple[float, list[Completion]]:
+    """Answer questions; return the tokens a second of all answers while every one of them was under way, over
+    so many steps, and what the answers took.
+
+    Prompts are read one by one, and who begins first goes on meanwhile:
+
+        answer 1    p t t t t|t t t t|        p: its prompt is read, t: a token
+        answer 2      p t t t|t t t t|        between the lines: what counts
+        answer 3          p t|t t t t|
+
+    Raises SeekVLError where they do not get under way together, for want of memory or of positions.
+    """
+    limits, rows = vlm.engine.limits, len(asked)
+    first = vlm.prepare(asked[0], SamplingParams())
+    pieces = len(read_prompt(first.inputs, chunk=limits.chunk, seamless=False).cuts) + 1
+    wait = (rows - 1) * (pieces + len(first.inputs.bill.image_tokens)) * (1 + limits.guess)
+    room = vlm.config.language.max_positions - len(first.inputs.input_ids)
+    params = SamplingParams(max_new_tokens=min(steps + 1 + wait, room))
+    requests = [vlm.prepare(one, params) for one in asked]
+    counts, done = [0] * rows, list[Completion]()
+    last, begun, before, rates = -1, 0.0, 0, list[float]()
+    for index, piece in vlm.engine.answer(requests, cancel=lambda: bool(rates)):
+        counts[index] += piece.token_id is not None
+        if last < 0 and min(counts) > 0:
+            last, begun, before = index, clock(), sum(counts)
+        elif index == last and counts[last] == 1 + steps and not rates:
+            rates.append((sum(counts) - before) / (clock() - begun))
+        if piece.completion is not None:
+            done.append(piece.completion)
+    if not rates:
+        raise SeekVLError(
+            f"{rows} answers were not under way together for {steps} steps: there is no room for so many of "
+            f"{len(first.inputs.input_ids) + steps:,} tokens; measure smaller batches or shorter answers"
+        )
+    return rates[0], done
 
 
 def endless(job: Job) -> VLM:
@@ -281,6 +329,8 @@ def _each_batch(job: Job, answer: Callable[[int], float]) -> tuple[dict[str, flo
     decode, memory = {}, {}
     for rows in job.batches:
         rates = list[float]()
+        if job.device != "cpu":
+            answer(rows)  # a GPU compiles and records what it has not met yet
         began = time.perf_counter()
         while not rates or time.perf_counter() - began < SHORTEST:
             rates.append(answer(rows))

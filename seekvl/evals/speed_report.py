@@ -64,7 +64,7 @@ class Report:
     quantize: Kind | None
     """Format of the language model's matrices; None where they are plain."""
     level: str | None
-    """Level of the CPU kernels."""
+    """Level of the CPU kernels, or of the GPU path."""
     device: str
     """What computed: "cpu" or "cuda"."""
     machine: str
@@ -117,7 +117,7 @@ class Report:
         mean, most = self.neighbours
         kernels = "torch" if self.level is None else f"kernels {self.level}"
         if self.device != "cpu":
-            kernels += f" on {self.device}"
+            kernels = f"{self.level or 'torch'} on {self.device}"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         pictures = f"{self.image_tokens:,} of them 1 picture" if self.image_tokens else "all of them words"
         words = [f"{self.peer} runs the text part only; seekvl loads and holds the picture towers, too"]

@@ -33,20 +33,28 @@ def attend(
     """Return softmax(scale q k^T) v, f[b, h, t, w], of q[b, h, t, e], k[b, k, s, e] and v[b, k, s, w].
 
     mask: bool, broadcast to [b, h, t, s], True where a new token may look. causal: in the place of a mask,
-    token i sees tokens 0..i. scale: 1 / sqrt(e) by default. Heads share key-value heads evenly where those
-    are fewer.
+    the new tokens are the last of those visible, and each sees those before it and itself. scale: 1 / sqrt(e)
+    by default. Heads share key-value heads evenly where those are fewer.
     """
+    (t, s), on_cpu = (q.shape[2], k.shape[2]), q.device.type == "cpu"
     if mask is None and q.shape[1] == k.shape[1] and _learns_on_cpu(q):
         return materialised(q, k, v, causal=causal, scale=scale)
     if mask is None and not causal and q.shape == k.shape and q.shape[2] > 1 and _is_half_on_cpu(q):
         x = attend_in_blocks(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale=scale)  # (b h) t w
         return torch.unflatten(x, 0, q.shape[:2])
     width, missing = v.shape[-1], q.shape[-1] - v.shape[-1]
-    if q.device.type == "cpu" and missing > 0:
-        # The fused CPU kernel wants one width for all three; without it the scores are materialised.
+    if missing > 0 and (on_cpu or mask is None):
+        # Fused kernels want one width for all three: without it a CPU materialises the scores, and CUDA's
+        # flash attention, which knows no mask either, leaves the work to a slower kernel.
         v = F.pad(v, (0, missing))
+    if causal and t < s:
+        mask = _last_rows(t, s) if on_cpu else _last_rows_unwritten(t, s)
     x = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        *(q, k, v),
+        attn_mask=mask,
+        is_causal=causal and t == s,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return x[..., :width]  # b h t w
 
@@ -132,6 +140,27 @@ def _is_half_on_cpu(q: Tensor) -> bool:
 
 def _learns_on_cpu(q: Tensor) -> bool:
     return _is_half_on_cpu(q) and torch.is_grad_enabled() and q.requires_grad
+
+
+@lru_cache(maxsize=2)
+def _last_rows(tokens: int, seen: int) -> Tensor:
+    """Return who may see whom, bool[t, s], where the new tokens are the last: all layers ask for the same.
+
+    2 tokens were there, 3 are new    x x x . .
+                                      x x x x .
+                                      x x x x x
+    """
+    with torch.inference_mode(mode=False):  # it is kept, and may be met by a gradient
+        return torch.ones(tokens, seen, dtype=torch.bool).tril(seen - tokens)
+
+
+def _last_rows_unwritten(tokens: int, seen: int) -> Tensor:
+    """Return the same as a mask that is never written out: CUDA's flash kernel takes no other."""
+    from torch.nn.attention.bias import (
+        causal_lower_right,
+    )  # with torch's compiler: seconds, on a CPU for naught
+
+    return causal_lower_right(tokens, seen)
 
 
 @lru_cache(maxsize=16)

@@ -144,15 +144,19 @@ class Attention(nn.Module):
         layer: int,
     ) -> Tensor:
         """Mix x[b, t, d] over the visible tokens; see `Llama.forward`."""
-        q = rearrange(self.q_proj(x), "b t (h e) -> b h t e", h=self.heads)
-        k = rearrange(self.k_proj(x), "b t (k e) -> b k t e", k=self.kv_heads)
-        v = rearrange(self.v_proj(x), "b t (k e) -> b k t e", k=self.kv_heads)
-        q, k = rotate(q, *table), rotate(k, *table)
+        q, k, v = self.project(x, table=table)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # b k s e
         x = attend(q, k, v, mask=mask, causal=mask is None and q.shape[2] > 1)  # b h t e
         out: Tensor = self.o_proj(rearrange(x, "b h t e -> b t (h e)"))  # b t d
         return out
+
+    def project(self, x: Tensor, *, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries f[b, h, t, e], rotated keys and values f[b, k, t, e] of x[b, t, d]."""
+        q = rearrange(self.q_proj(x), "b t (h e) -> b h t e", h=self.heads)
+        k = rearrange(self.k_proj(x), "b t (k e) -> b k t e", k=self.kv_heads)
+        v = rearrange(self.v_proj(x), "b t (k e) -> b k t e", k=self.kv_heads)
+        return rotate(q, *table), rotate(k, *table), v
 
 
 class Mlp(nn.Module):
@@ -222,7 +226,7 @@ class Llama(nn.Module):
         """Turn embeddings f[b, t, d] into hidden states f[b, t, d] after the final norm.
 
         positions: i64[b, t], 0.. when None. mask: bool[b or 1, 1, t, s], True where a new token may look;
-        None means plain causal over the t tokens given, which fits a cache only while it is empty or t is 1.
+        None means plain causal: the t tokens given stand behind all others of their row in the cache.
         A position beyond `max_positions` is the caller's to refuse: looking would cost a copy from the
         device.
         """

@@ -68,7 +68,7 @@ class Mla(nn.Module):
         super().__init__()
         self.config = config
         self.heads = heads
-        self.scale = config.query_width**-0.5
+        self.scale: float = config.query_width**-0.5
         self.q_proj = nn.Linear(width, heads * config.query_width, bias=False)
         self.kv_a_proj = nn.Linear(width, config.kv_rank + config.rope_width, bias=False)
         self.kv_a_norm = RmsNorm(config.kv_rank, eps=NORM_EPS)
@@ -87,19 +87,24 @@ class Mla(nn.Module):
         layer: int,
     ) -> Tensor:
         """Mix x[b, t, d] over the visible tokens; see `DeepseekV2.forward`."""
-        config = self.config
-        q = rearrange(self.q_proj(x), "b t (h e) -> b h t e", h=self.heads)
-        q, q_rope = torch.split(q, [config.nope_width, config.rope_width], dim=-1)  # b h t n, b h t p
-        kv = self.kv_a_proj(x).unsqueeze(1)  # b 1 t (r p)
-        latent, k_rope = torch.split(kv, [config.kv_rank, config.rope_width], dim=-1)  # b 1 t r, b 1 t p
-        latent = self.kv_a_norm(latent)
-        q_rope, k_rope = rotate_pairs(q_rope, *table), rotate_pairs(k_rope, *table)
+        q, q_rope, k_rope, latent = self.project(x, table=table)
         if cache is not None:
             k_rope, latent = cache.update(layer, k_rope, latent)  # b 1 s p, b 1 s r
         attend = self.absorbed if x.shape[1] == 1 else self.expanded
         out = attend(q, q_rope, k_rope=k_rope, latent=latent, mask=mask)  # b h t w
         mixed: Tensor = self.o_proj(rearrange(out, "b h t w -> b t (h w)"))  # b t d
         return mixed
+
+    def project(self, x: Tensor, *, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return queries f[b, h, t, n] without and f[b, h, t, p] with position, and of x[b, t, d] what is
+        cached: rotary key f[b, 1, t, p] and latent f[b, 1, t, r].
+        """
+        config = self.config
+        q = rearrange(self.q_proj(x), "b t (h e) -> b h t e", h=self.heads)
+        q, q_rope = torch.split(q, [config.nope_width, config.rope_width], dim=-1)  # b h t n, b h t p
+        kv = self.kv_a_proj(x).unsqueeze(1)  # b 1 t (r p)
+        latent, k_rope = torch.split(kv, [config.kv_rank, config.rope_width], dim=-1)  # b 1 t r, b 1 t p
+        return q, rotate_pairs(q_rope, *table), rotate_pairs(k_rope, *table), self.kv_a_norm(latent)
 
     def expanded(
         self, q: Tensor, q_rope: Tensor, *, k_rope: Tensor, latent: Tensor, mask: Tensor | None
@@ -117,9 +122,7 @@ class Mla(nn.Module):
         self, q: Tensor, q_rope: Tensor, *, k_rope: Tensor, latent: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Attend f[b, h, t, w] in the space of the latent; a mask of None sees everything."""
-        config, (b, h, t, _) = self.config, q.shape
-        weight = rearrange(self.kv_b_proj.weight, "(h e) r -> h e r", h=h)
-        for_k, for_v = torch.split(weight, [config.nope_width, config.value_width], dim=1)  # h n r, h w r
+        (b, h, t, _), (for_k, for_v) = q.shape, self.halves()
         k_rope, latent = k_rope.squeeze(1), latent.squeeze(1)  # b s p, b s r
         q = torch.einsum("bhtn,hnr->bhtr", q, for_k)
         scores = q.flatten(1, 2) @ latent.mT + q_rope.flatten(1, 2) @ k_rope.mT  # b (h t) s
@@ -129,3 +132,9 @@ class Mla(nn.Module):
         shares = scores.softmax(dim=-1).to(latent.dtype)  # b h t s
         mixed = (shares.flatten(1, 2) @ latent).view(b, h, t, -1)  # b h t r
         return torch.einsum("bhtr,hwr->bhtw", mixed, for_v)
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Return what makes keys f[h, n, r] and what makes values f[h, w, r] of a latent."""
+        weight = rearrange(self.kv_b_proj.weight, "(h e) r -> h e r", h=self.heads)
+        for_k, for_v = torch.split(weight, [self.config.nope_width, self.config.value_width], dim=1)
+        return for_k, for_v

@@ -311,10 +311,17 @@ def _by_group(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     ends i32[E].
     """
     weight = weight.to(rows.dtype)
-    aligned = all(side * rows.element_size() % ALIGNMENT == 0 for side in weight.shape[1:])
-    if aligned and hasattr(F, "grouped_mm"):
+    there = hasattr(F, "grouped_mm") and (rows.dtype == torch.bfloat16 or not rows.is_cuda)
+    if there and aligned(weight):  # CUDA has it for bfloat16
         return F.grouped_mm(rows, weight.mT, offs=ends)
     return _by_loop(rows, weight, ends)
+
+
+def aligned(*weights: Tensor) -> bool:
+    """Whether a grouped product can take stacks of matrices [E, o, i]: rows aligned, those of results too."""
+    return all(
+        side * weight.element_size() % ALIGNMENT == 0 for weight in weights for side in weight.shape[1:]
+    )
 
 
 def _by_loop(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

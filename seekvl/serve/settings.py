@@ -41,7 +41,7 @@ class Settings:
     """Name clients ask for, `owner/name`; None makes it from `model`."""
     device: str = "auto"
     dtype: str = "auto"
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: Literal["int8", "int4", "fp8"] | None = None
     preprocessing: Preprocessing = "seekvl"
     max_tiles: int | None = None
     """Most tiles of a picture, for DeepSeek-VL2; requests may ask for fewer."""

@@ -23,6 +23,7 @@ from seekvl.weights.quantize import Progress, quantize_model
 from seekvl.weights.read import load_tensors
 from seekvl.weights.read_quantized import load_quantized
 from seekvl.weights.transformers_layout import transformers_map
+from seekvl.weights.weight_only import GpuKind, gpu_kind, quantize_on_gpu
 
 NANO, NANO_MOE = "seekvl-nano", "seekvl-nano-moe"
 
@@ -63,8 +64,8 @@ def load_checkpoint(
     """Load a checkpoint of either layout: a bundled model, a folder, or a hub id.
 
     `quantize` turns the matrices of a plain checkpoint into "int8" or "int4" on the way in (see
-    `weights.quantize`), and `progress` is told how far that is; a folder that `save_quantized` wrote needs
-    neither.
+    `weights.quantize`; on a GPU also into "fp8", see `weights.weight_only`), and `progress` is told how far
+    that is; a folder that `save_quantized` wrote needs neither.
 
     `max_tokens` bounds a prompt: by default the 4,096 tokens the checkpoints were trained on, at most the
     positions they have. `max_tiles` bounds the tiles of a picture in DeepSeek-VL2; None takes its rule.
@@ -72,7 +73,8 @@ def load_checkpoint(
     """
     folder = find_folder(name, revision=revision)
     config = read_config(folder)
-    kind = choose_format(config, quantize, device=device)
+    on_gpu = _gpu_format(config, quantize, device=device)
+    kind = choose_format(config, quantize, device=device) if on_gpu is None else None
     limit = _limit(config, max_tokens)
     tokenizer = load_tokenizer(folder, config)
     processor = Processor(
@@ -84,7 +86,9 @@ def load_checkpoint(
         max_tiles=max_tiles,
     )
     model = load_model(folder, config=config, device="cpu" if kind else device, dtype=dtype)
-    if kind is not None and config.quantization is None:
+    if on_gpu is not None:
+        quantize_on_gpu(model, on_gpu, progress=progress)
+    elif kind is not None and config.quantization is None:
         quantize_model(model, kind, progress=progress)
     return Checkpoint(
         model=model,
@@ -125,6 +129,17 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
+def _gpu_format(config: CheckpointConfig, wish: str | None, *, device: str | torch.device) -> GpuKind | None:
+    """Return the format that a GPU shall give a plain model; None without one, and where a CPU computes."""
+    if wish is None or config.quantization is not None:
+        return None
+    if select_device(device).type == "cuda":
+        return gpu_kind(wish)
+    if wish == "fp8":
+        raise SeekVLError("fp8 is a format of GPUs; a CPU has " + " and ".join(KINDS))
+    return None
+
+
 def choose_format(config: CheckpointConfig, wish: str | None, *, device: str | torch.device) -> Kind | None:
     """Return the format a model shall have; None leaves it plain.
 
@@ -141,8 +156,8 @@ def choose_format(config: CheckpointConfig, wish: str | None, *, device: str | t
     kind = next((known for known in KINDS if known == (wish or config.quantization)), None)
     if kind is not None and str(device).partition(":")[0] not in ("auto", "cpu"):
         raise SeekVLError(
-            f"{kind} is computed on the CPU alone, not on {device}: use device='cpu', or a plain checkpoint "
-            "with dtype='bfloat16' on the GPU"
+            f"{kind} in the format of the kernels is computed on the CPU alone, not on {device}: use "
+            "device='cpu', or load a plain checkpoint on the GPU, where quantize= takes torchao's formats"
         )
     return kind
 

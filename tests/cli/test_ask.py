@@ -217,7 +217,8 @@ def test_a_format_that_cannot_be_had_is_one_line(run: Run, tmp_path: Path) -> No
     assert run("convert", GOLDEN / "vl1-siglip", tmp_path, "--quantize", "int8").exit_code == 0
     for arguments, code, says in (
         (("--model", tmp_path, "--quantize", "int4"), 1, "stored as int8"),
-        (("--model", GOLDEN / "vl1-siglip", "--quantize", "int8", "--device", "cuda"), 1, "on the CPU alone"),
+        (("--model", GOLDEN / "vl1-siglip", "--quantize", "int8", "--device", "cuda:99"), 1, "cuda:99"),
+        (("--model", GOLDEN / "vl1-siglip", "--quantize", "fp8", "--device", "cpu"), 1, "a format of GPUs"),
         (("--quantize", "int3"), 2, "int3"),
     ):
         result = run("ask", "What?", *arguments)

@@ -89,16 +89,6 @@ def test_equal_rows_need_no_mask() -> None:
     fill(held, 0, 2)
     fill(held, 1, 2)
     assert held.at([0, 1]).mask() is None
-    assert held.row(1).mask(1) is None
-    assert cache().row(0).mask(3) is None
-
-
-def test_new_tokens_of_a_filled_row_see_the_past_and_themselves() -> None:
-    held = cache()
-    fill(held, 0, 2)
-    mask = held.row(0).mask(3)
-    assert mask is not None
-    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
 
 
 def test_growing_keeps_what_is_held() -> None:

@@ -177,7 +177,9 @@ def test_a_device_that_is_not_there_or_is_not_measured(monkeypatch: pytest.Monke
     monkeypatch.setattr(speed, "select_device", torch.device)
     with pytest.raises(SeekVLError, match=r"llama\.cpp is measured on the CPU, not on cuda"):
         bench("seekvl-nano", Settings(**SINGLE, device="cuda", peer="llama.cpp"), say=print)
-    with pytest.raises(SeekVLError, match="int8 is computed on the CPU alone, not on cuda"):
+    with pytest.raises(
+        SeekVLError, match="int8 in the format of the kernels is computed on the CPU alone, not on cuda"
+    ):
         bench("seekvl-nano", Settings(**SINGLE, device="cuda", quantize="int8"), say=print)
     with pytest.raises(SeekVLError, match="the CPU or a CUDA device is measured, not mps"):
         bench("seekvl-nano", Settings(**SINGLE, device="mps"), say=print)

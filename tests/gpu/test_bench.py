@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from seekvl.engine.gpu.switch import LEVELS
 from seekvl.evals.ceilings import measure_ceilings
 from seekvl.evals.clock import device_clock
 from seekvl.evals.speed import Settings, bench
@@ -46,12 +47,12 @@ def test_ceilings_are_the_devices() -> None:
 @pytest.mark.parametrize("model", ["seekvl-nano", "seekvl-nano-moe"])
 def test_a_bundled_model(model: str) -> None:
     report = bench(model, Settings(**QUICK), say=print)
-    assert (report.device, report.level) == ("cuda", None)
+    assert (report.device, report.level) == ("cuda", LEVELS[-1])
     assert report.machine == torch.cuda.get_device_name()
     assert all(figure.ours > 0 for figure in report.figures)
     by_name = {figure.name: figure.ours for figure in report.figures}
     assert by_name["memory, batch 1"] < 1, "what torch handed out, not the process"
-    assert "on cuda" in report.table()
+    assert f"{LEVELS[-1]} on cuda" in report.table()
 
 
 def test_beside_transformers() -> None:

@@ -4,7 +4,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seekvl.models import attention
-from seekvl.models.attention import BLOCK, CPU_SCORES, attend, attend_in_blocks, materialised
+from seekvl.models.attention import (
+    BLOCK,
+    CPU_SCORES,
+    _last_rows_unwritten,
+    attend,
+    attend_in_blocks,
+    materialised,
+)
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -37,6 +44,27 @@ def test_attend_is_its_formula(width: int, heads: int) -> None:
         torch.testing.assert_close(attend(q, k, v, **given).double(), expected, rtol=0, atol=1e-5)
     third = slow(q, k, v, seen=causal, scale=1 / 3)
     torch.testing.assert_close(attend(q, k, v, causal=True, scale=1 / 3).double(), third, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("w", [8, 12])
+def test_new_tokens_see_the_past_and_themselves(w: int) -> None:
+    """Causal with fewer new tokens than visible ones: the new ones are the last."""
+    q, k, v = inputs(7, w=w)
+    seen = torch.ones(7, 7, dtype=torch.bool).tril()[4:]
+    expected = slow(q[:, :, 4:], k, v, seen=seen, scale=12**-0.5)
+    for _ in range(2):  # the second time with a mask that is kept
+        found = attend(q[:, :, 4:], k, v, causal=True)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("w", [8, 12])
+def test_the_mask_that_is_never_written_out_is_the_same(w: int) -> None:
+    """What CUDA's flash kernel takes; here torch writes it out after all."""
+    q, k, v = inputs(7, w=w)
+    seen = torch.ones(7, 7, dtype=torch.bool).tril()[4:]
+    expected = slow(q[:, :, 4:], k, v, seen=seen, scale=12**-0.5)
+    found = F.scaled_dot_product_attention(q[:, :, 4:], k, v, attn_mask=_last_rows_unwritten(3, 7))
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 def gradients(out: Tensor, given: Inputs) -> tuple[Tensor, ...]:

@@ -89,8 +89,7 @@ def by_torch(network: Network, x: Tensor, held: KVCache) -> Tensor:
     """Do the same without the kernels."""
     accelerate(network, level="off")
     view = held.row(1)
-    positions, mask = view.positions(len(x)), view.mask(len(x))
-    found: Tensor = network(x[None], positions=positions, mask=mask, cache=view)[0]
+    found: Tensor = network(x[None], positions=view.positions(len(x)), cache=view)[0]
     return found.float()
 
 
