@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 import seekvl
 from seekvl.serve import chat, cog, files, health, hosted, models, page, pdf, responses
+from seekvl.serve.answerer import Model
 from seekvl.serve.desk import Desk
 from seekvl.serve.errors import (
     DECLARED,
@@ -35,10 +36,9 @@ from seekvl.serve.service import Service, load_model
 from seekvl.serve.settings import Settings
 from seekvl.serve.store import Store
 from seekvl.serve.webhooks import Webhooks, new_secret
-from seekvl.vlm import VLM
 
 
-def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_model) -> FastAPI:
+def create_app(settings: Settings, *, load: Callable[[Settings], Model] = load_model) -> FastAPI:
     """Return the application. Its model is loaded when the server starts, by `load`.
 
     Raises SeekVLError for a store or a log that cannot be used.
