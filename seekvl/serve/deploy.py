@@ -1,9 +1,10 @@
 """How replicas come to run: Ray, started here or joined, and the deployment that Ray Serve looks after."""
 
+import contextlib
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,15 +28,17 @@ def deploy(settings: Settings) -> Any:
     Raises SeekVLError where there is no room for them, or one cannot load.
     """
     join(settings)
+    name = f"seekvl-{uuid.uuid4().hex[:8]}"
     import ray
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
     try:
-        each = share(settings, ray.cluster_resources())
+        each = share(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         places = ROWS["cuda" if "num_gpus" in each else "cpu"]
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         serve.start(proxy_location="Disabled", logging_config=quiet)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         deployment = serve.deployment(
             Replica,
             name="replica",
@@ -52,10 +55,9 @@ def deploy(settings: Settings) -> Any:
         )
         # secrets and folders are this process's alone
         told = replace(settings, api_keys=(), webhook_secret=None, store=None, log_prompts=None)
-        name = f"seekvl-{uuid.uuid4().hex[:8]}"
         return serve.run(deployment.bind(told), name=name, route_prefix=None)
     except Exception as error:
-        ray.shutdown()
+        leave(name)
         if isinstance(error, SeekVLError):
             raise
         raise SeekVLError(f"the replicas could not be started: {error}") from error
@@ -92,7 +94,7 @@ def join(settings: Settings) -> None:
         ray.init(
             address="local",
             include_dashboard=False,
-            num_cpus=max(settings.replicas, os.cpu_count() or 1),
+            num_cpus=None if settings.replicas <= (os.cpu_count() or 1) else settings.replicas,
             object_store_memory=OBJECT_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -102,25 +104,39 @@ def join(settings: Settings) -> None:
         raise SeekVLError(f"Ray {where}: {error}") from error
 
 
-def share(settings: Settings, found: Mapping[str, float]) -> dict[str, float]:
-    """Return what each replica gets of the cluster: a GPU where there are any, else its part of the cores.
+def share(settings: Settings, machines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return what each replica gets: a GPU where there are any, else as many cores as all can have alike.
 
-    Raises SeekVLError where that is not there.
+    machines: the resources of each, in Ray's names. Raises SeekVLError where there is not enough.
+
+    >>> share(Settings(replicas=2, device="cpu"), [{"CPU": 4}, {"CPU": 4}, {"CPU": 4}])
+    {'num_cpus': 4.0}
     """
-    gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 0))
+    gpus, cpus = (sum(int(machine.get(kind, 0)) for machine in machines) for kind in ("GPU", "CPU"))
     if settings.device not in ("auto", "cpu", "cuda"):
         raise SeekVLError(f"a replica gets its device from Ray: use cpu, cuda or auto, not {settings.device}")
     on_gpus = settings.device == "cuda" or (settings.device == "auto" and gpus > 0 and not settings.quantize)
     have, what = (gpus, "GPUs") if on_gpus else (cpus, "CPU cores")
     if have < settings.replicas:
         raise SeekVLError(f"{settings.replicas} replicas need as many {what}; the cluster has {have}")
-    return {"num_cpus": 1.0, "num_gpus": 1.0} if on_gpus else {"num_cpus": float(cpus // settings.replicas)}
+    if on_gpus:
+        return {"num_cpus": 1.0, "num_gpus": 1.0}
+    alike = range(cpus // settings.replicas, 0, -1)
+    fits = (cores for cores in alike if _places(machines, cores) >= settings.replicas)
+    return {"num_cpus": float(next(fits))}
 
 
-def leave(handle: Any) -> None:
-    """Take the replicas down and leave Ray; one that was started here ends."""
+def _places(machines: Sequence[Mapping[str, float]], cores: int) -> int:
+    """Return how many replicas with so many cores each there is room for; none lies on two machines."""
+    return sum(int(machine.get("CPU", 0)) // cores for machine in machines)
+
+
+def leave(name: str) -> None:
+    """Take the replicas of this name down, if there are any, and leave Ray; what was started here ends."""
     import ray
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
-    serve.delete(handle.app_name)
+    with contextlib.suppress(RayServeException):  # Ray Serve does not run yet
+        serve.delete(name)
     ray.shutdown()

@@ -198,6 +198,8 @@ class Replicas:
             )
             self._thread.start()
             started.result()
+        elif not self.alive:
+            self._figures = {}  # of replicas that say nothing any more
         until = time.monotonic() + START_SECONDS
         while not self._figures and not self._closed:
             if time.monotonic() > until:
@@ -285,7 +287,11 @@ class Replicas:
         started.set_result(None)
         self._run(self._watch())
         self._loop.run_forever()
-        leave(self._handle)
+        left = asyncio.all_tasks(self._loop)
+        for task in left:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        leave(self._handle.app_name)
 
     async def _follow(self, remote: Remote, request: Request, *, client: str, deadline: float | None) -> None:
         """Draw an answer to its end; asks another replica where one is lost before it said anything."""

@@ -94,6 +94,18 @@ def endless(cluster: Cluster, **fields: object) -> Iterator[Iterator[str]]:
         yield lines
 
 
+@pytest.mark.parametrize(
+    ("options", "words"), [(["--device", "cuda"], "2 replicas need as many GPUs; the cluster has 0")]
+)
+def test_what_cannot_be_started_ends_it_with_one_line(options: list[str], words: str) -> None:
+    with process("--replicas", "2", *options) as (server, _):
+        assert server.wait(200) == 1
+        assert server.stderr is not None
+        told = server.stderr.read()
+    assert words in told
+    assert "Traceback" not in told
+
+
 def test_a_second_question_goes_where_the_picture_is_known(
     cluster: Cluster, client: openai.OpenAI, vlm: seekvl.VLM
 ) -> None:

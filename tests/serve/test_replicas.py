@@ -133,18 +133,23 @@ def test_other_errors_are_sent_in_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "found", "each"),
+    ("changes", "machines", "each"),
     [
-        ({"device": "auto"}, {"CPU": 8.0}, {"num_cpus": 4.0}),
-        ({"device": "auto"}, {"CPU": 8.0, "GPU": 2.0}, {"num_cpus": 1.0, "num_gpus": 1.0}),
-        ({"device": "cpu"}, {"CPU": 3.0, "GPU": 2.0}, {"num_cpus": 1.0}),
-        ({"device": "auto", "quantize": "int8"}, {"CPU": 2.0, "GPU": 2.0}, {"num_cpus": 1.0}),
+        ({"device": "auto"}, [{"CPU": 8.0}], {"num_cpus": 4.0}),
+        ({"device": "auto"}, [{"CPU": 8.0, "GPU": 2.0}], {"num_cpus": 1.0, "num_gpus": 1.0}),
+        ({"device": "cpu"}, [{"CPU": 3.0, "GPU": 2.0}], {"num_cpus": 1.0}),
+        ({"device": "auto", "quantize": "int8"}, [{"CPU": 2.0, "GPU": 2.0}], {"num_cpus": 1.0}),
+        (
+            {"device": "cpu", "replicas": 3},
+            [{"CPU": 5.0}, {"CPU": 3.0}, {"object_store": 1.0}],
+            {"num_cpus": 2.0},
+        ),
     ],
 )
 def test_a_replica_gets_its_part(
-    changes: dict[str, Any], found: dict[str, float], each: dict[str, float]
+    changes: dict[str, Any], machines: list[dict[str, float]], each: dict[str, float]
 ) -> None:
-    assert share(replace(SETTINGS, **changes), found) == each
+    assert share(replace(SETTINGS, **changes), machines) == each
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_what_a_cluster_does_not_have_is_told(
     changes: dict[str, Any], found: dict[str, float], words: str
 ) -> None:
     with pytest.raises(SeekVLError, match=words):
-        share(replace(SETTINGS, **changes), found)
+        share(replace(SETTINGS, **changes), [found])
 
 
 def test_figures_carry_the_name_of_their_replica(vlm: seekvl.VLM) -> None:
