@@ -31,6 +31,7 @@ from seekvl.serve.guard import Guard
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.pictures import PictureDesk
 from seekvl.serve.prediction_run import finish_all
+from seekvl.serve.replicas import load_replicas
 from seekvl.serve.request_log import RequestLog
 from seekvl.serve.service import Service, load_model
 from seekvl.serve.settings import Settings
@@ -38,12 +39,12 @@ from seekvl.serve.store import Store
 from seekvl.serve.webhooks import Webhooks, new_secret
 
 
-def create_app(settings: Settings, *, load: Callable[[Settings], Model] = load_model) -> FastAPI:
-    """Return the application. Its model is loaded when the server starts, by `load`.
+def create_app(settings: Settings, *, load: Callable[[Settings], Model] | None = None) -> FastAPI:
+    """Return the application. Its model is loaded when the server starts, by `load`, or as the settings say.
 
     Raises SeekVLError for a store or a log that cannot be used.
     """
-    service = Service(settings, load=load)
+    service = Service(settings, load=load or (load_model if settings.replicas == 1 else load_replicas))
     metrics = ServerMetrics(service)
     store = Store(settings)
     pictures = PictureDesk(settings, stored=stored_in(store))

@@ -45,6 +45,7 @@ def deploy(settings: Settings) -> Any:
             num_replicas=settings.replicas,
             ray_actor_options=each,
             max_ongoing_requests=places + min(places, settings.queue),
+            max_constructor_retry_count=settings.replicas,  # what fails once fails again
             health_check_period_s=HEALTH_SECONDS,
             graceful_shutdown_timeout_s=PARTING_SECONDS,
             request_router_config=RequestRouterConfig(
@@ -57,10 +58,9 @@ def deploy(settings: Settings) -> Any:
         told = replace(settings, api_keys=(), webhook_secret=None, store=None, log_prompts=None)
         return serve.run(deployment.bind(told), name=name, route_prefix=None)
     except Exception as error:
+        why = str(error) if isinstance(error, SeekVLError) else _why(name) or str(error)
         leave(name)
-        if isinstance(error, SeekVLError):
-            raise
-        raise SeekVLError(f"the replicas could not be started: {error}") from error
+        raise SeekVLError(f"the replicas could not be started: {why}") from error
 
 
 def require_ray() -> None:
@@ -129,6 +129,16 @@ def share(settings: Settings, machines: Sequence[Mapping[str, float]]) -> dict[s
 def _places(machines: Sequence[Mapping[str, float]], cores: int) -> int:
     """Return how many replicas with so many cores each there is room for; none lies on two machines."""
     return sum(int(machine.get("CPU", 0)) // cores for machine in machines)
+
+
+def _why(name: str) -> str | None:
+    """Return the last words of a replica that could not start, if it said any: the end of its traceback."""
+    from ray import serve
+
+    found = serve.status().applications.get(name)
+    told = [deployment.message for deployment in found.deployments.values()] if found else []
+    lines = [line.strip() for line in "\n".join(told).splitlines() if line.strip()]
+    return lines[-1].removeprefix("seekvl.runtime.SeekVLError: ") if lines else None
 
 
 def leave(name: str) -> None:

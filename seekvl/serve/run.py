@@ -16,8 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from seekvl.runtime import SeekVLError
 from seekvl.serve.app import create_app
-from seekvl.serve.replicas import load_replicas
-from seekvl.serve.service import Service, load_model
+from seekvl.serve.service import Service
 from seekvl.serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class Server(uvicorn.Server):
 
 def serve(settings: Settings) -> int:
     """Serve until a signal; return the exit code. Raises SeekVLError for a port that cannot be had."""
-    app = create_app(settings, load=load_model if settings.replicas == 1 else load_replicas)
+    app = create_app(settings)
     server = Server(server_config(app, settings), service=app.state.desk.service)
     if settings.exposed and not settings.api_keys:
         print(

@@ -5,11 +5,13 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
@@ -19,6 +21,7 @@ import replicate
 from PIL import Image
 
 import seekvl
+from seekvl.weights.load import BUNDLED, NANO
 from tests.serve.conftest import ENDLESS, MODEL, chat_body, wait_until
 from tests.serve.predicting import FULL, SIGN, SIMPLE, WHERE, WORD, data_url, full, simple
 from tests.serve.test_chat import shown
@@ -94,16 +97,26 @@ def endless(cluster: Cluster, **fields: object) -> Iterator[Iterator[str]]:
         yield lines
 
 
-@pytest.mark.parametrize(
-    ("options", "words"), [(["--device", "cuda"], "2 replicas need as many GPUs; the cluster has 0")]
-)
-def test_what_cannot_be_started_ends_it_with_one_line(options: list[str], words: str) -> None:
-    with process("--replicas", "2", *options) as (server, _):
-        assert server.wait(200) == 1
-        assert server.stderr is not None
-        told = server.stderr.read()
-    assert words in told
-    assert "Traceback" not in told
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A checkpoint whose weights are cut short, which a replica finds out."""
+    folder = shutil.copytree(BUNDLED[NANO], tmp_path / "broken")
+    with (folder / "model.safetensors").open("r+b") as weights:
+        weights.truncate(1_000_000)
+    return folder
+
+
+def test_what_cannot_be_started_ends_it_with_one_line(broken: Path) -> None:
+    for options, words in (
+        (["--device", "cuda"], "2 replicas need as many GPUs; the cluster has 0"),
+        (["--model", str(broken)], "model.safetensors is cut short: 1000000 bytes"),
+    ):
+        with process("--replicas", "2", *options) as (server, _):
+            assert server.wait(300) == 1
+            assert server.stderr is not None
+            told = server.stderr.read()
+        assert words in told
+        assert "Traceback" not in told
 
 
 def test_a_second_question_goes_where_the_picture_is_known(
