@@ -115,7 +115,7 @@ def share(settings: Settings, machines: Sequence[Mapping[str, float]]) -> dict[s
     gpus, cpus = (sum(int(machine.get(kind, 0)) for machine in machines) for kind in ("GPU", "CPU"))
     if settings.device not in ("auto", "cpu", "cuda"):
         raise SeekVLError(f"a replica gets its device from Ray: use cpu, cuda or auto, not {settings.device}")
-    on_gpus = settings.device == "cuda" or (settings.device == "auto" and gpus > 0 and not settings.quantize)
+    on_gpus = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
     have, what = (gpus, "GPUs") if on_gpus else (cpus, "CPU cores")
     if have < settings.replicas:
         raise SeekVLError(f"{settings.replicas} replicas need as many {what}; the cluster has {have}")

@@ -39,7 +39,7 @@ from seekvl.serve.replica import Arrived, portable
 from seekvl.serve.settings import Settings
 from seekvl.vlm import prepare
 from seekvl.weights.config import read_config
-from seekvl.weights.load import choose_format, find_folder, load_processor
+from seekvl.weights.load import find_folder, load_processor
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,6 @@ def load_replicas(settings: Settings) -> "Front":
     """Return a model that answers on replicas. Raises SeekVLError for a checkpoint that cannot be opened."""
     folder = find_folder(settings.model)
     config = read_config(folder)
-    choose_format(config, settings.quantize, device=settings.device)
     processor = load_processor(
         folder, config, preprocessing=settings.preprocessing, max_tiles=settings.max_tiles
     )

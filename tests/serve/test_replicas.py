@@ -138,7 +138,6 @@ def test_other_errors_are_sent_in_words() -> None:
         ({"device": "auto"}, [{"CPU": 8.0}], {"num_cpus": 4.0}),
         ({"device": "auto"}, [{"CPU": 8.0, "GPU": 2.0}], {"num_cpus": 1.0, "num_gpus": 1.0}),
         ({"device": "cpu"}, [{"CPU": 3.0, "GPU": 2.0}], {"num_cpus": 1.0}),
-        ({"device": "auto", "quantize": "int8"}, [{"CPU": 2.0, "GPU": 2.0}], {"num_cpus": 1.0}),
         (
             {"device": "cpu", "replicas": 3},
             [{"CPU": 5.0}, {"CPU": 3.0}, {"object_store": 1.0}],
@@ -186,8 +185,6 @@ def test_no_model_no_server() -> None:
         Settings(replicas=0)
     with pytest.raises(SeekVLError, match="/nowhere"):
         load_replicas(replace(SETTINGS, model="/nowhere"))
-    with pytest.raises(SeekVLError, match="computed on the CPU alone"):
-        load_replicas(replace(SETTINGS, quantize="int8", device="cuda"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
