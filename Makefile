@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-slow test-gpu test-arm check bench page clean
+.PHONY: help demo test test-slow test-gpu test-arm test-cluster test-clients check bench page clean
 
 help:
 	@echo "make demo       answer a question about a picture in examples/ with the bundled model"
@@ -13,6 +13,8 @@ help:
 	@echo "make check      the same without the tests"
 	@echo "make test-slow  tests that take minutes"
 	@echo "make test-gpu   tests that need CUDA"
+	@echo "make test-cluster  two replicas through Ray Serve, really started; brings Ray, 80 MB"
+	@echo "make test-clients  the server and the predictor asked by openai 1.x, replicate 2.x and Cog's own server"
 	@echo "make test-arm   the ARM kernels in an emulator; wants g++-aarch64-linux-gnu and qemu-user (Debian's names)"
 	@echo "make page       builds the page of seekvl serve from page/ into the package; needs Node 20"
 	@echo "make bench      the CPU kernels beside torch; speed and memory beside transformers, same weights, one run"
@@ -48,6 +50,30 @@ test-gpu: $(VENV)/.dev
 
 test-arm: $(VENV)/.dev
 	$(BIN)/pytest -m arm tests/engine/kernels/test_arm.py
+
+$(VENV)/.cluster: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster]'
+	touch $@
+
+test-cluster: $(VENV)/.cluster
+	$(BIN)/pytest -m slow tests/serve/test_cluster.py
+
+# other generations of packages that .venv has in one: each in a folder that stands before it
+CLIENTS := $(abspath $(VENV))/clients
+PUT := $(BIN)/python -m pip install --quiet --no-deps --target
+
+$(VENV)/.clients: $(VENV)/.dev
+	rm -rf $(CLIENTS)
+	$(PUT) $(CLIENTS)/openai-1 openai==1.109.1 distro==1.9.0
+	$(PUT) $(CLIENTS)/replicate-2 replicate==2.0.0b4 distro==1.9.0
+	$(PUT) $(CLIENTS)/cog cog==0.23.1 coglet==0.23.1
+	touch $@
+
+test-clients: $(VENV)/.clients
+	PYTHONPATH=$(CLIENTS)/openai-1 $(BIN)/python -c "import openai; assert openai.__version__ < '2', openai"
+	PYTHONPATH=$(CLIENTS)/openai-1 $(BIN)/pytest $(addprefix tests/serve/test_,app.py chat.py files.py guard.py responses.py)
+	PYTHONPATH=$(CLIENTS)/replicate-2 $(BIN)/pytest tests/serve/test_replicate_2.py
+	PYTHONPATH=$(CLIENTS)/cog $(BIN)/pytest tests/deploy/test_cog_server.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py

@@ -26,7 +26,7 @@ from seekvl.engine.request import (
     Usage,
 )
 from seekvl.engine.score import Score, prompt_logits, score_continuations
-from seekvl.models.vl2 import VL2, AnyConfig, AnyVL, VL2Config
+from seekvl.models.vl2 import AnyConfig, AnyVL, VL2Config
 from seekvl.processing.choices import Preprocessing
 from seekvl.processing.conversation import Conversation, Message, Source, Text, parse_messages
 from seekvl.processing.encode import Processor
@@ -330,18 +330,8 @@ class VLM:
         max_tiles: most tiles of a picture of DeepSeek-VL2 in this conversation; None leaves it to the
         processor. Raises SeekVLError for what `chat` would refuse.
         """
-        began = time.perf_counter()
-        conversation = parse_messages(messages)
         processor = self.processor if max_tiles is None else self.processor.bounded(max_tiles)
-        inputs = processor.encode(conversation)
-        return Request(
-            inputs=inputs,
-            params=params,
-            strip=conversation.messages[-1].role == "user",
-            begun=_begun(conversation),
-            penalise_prompt=isinstance(self.model, VL2),
-            preprocess_seconds=time.perf_counter() - began,
-        )
+        return prepare(messages, params, processor=processor, config=self.config)
 
     def _stream(
         self, messages: Messages, params: SamplingParams, *, engine: Engine, cancel: Cancel
@@ -456,6 +446,23 @@ def _require_equal(counted: int, made: int, *, what: str) -> None:
             f"the processor makes {counted} slots {what}, the model {made}; they belong to different "
             "checkpoints"
         )
+
+
+def prepare(
+    messages: Messages, params: SamplingParams, *, processor: Processor, config: AnyConfig
+) -> Request:
+    """Do the work of `VLM.prepare`, for which the network's weights are not needed."""
+    began = time.perf_counter()
+    conversation = parse_messages(messages)
+    inputs = processor.encode(conversation)
+    return Request(
+        inputs=inputs,
+        params=params,
+        strip=conversation.messages[-1].role == "user",
+        begun=_begun(conversation),
+        penalise_prompt=isinstance(config, VL2Config),
+        preprocess_seconds=time.perf_counter() - began,
+    )
 
 
 def user_message(question: str, images: Source | Sequence[Source] = ()) -> Message:

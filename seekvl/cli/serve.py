@@ -42,6 +42,14 @@ FileRoot = Annotated[
     Path | None,
     typer.Option(file_okay=False, exists=True, help="Folder whose pictures file: addresses may name."),
 ]
+Replicas = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Copies of the model that answer; from 2 on through Ray Serve (extra `cluster`), on this "
+        "machine or on the Ray cluster that RAY_ADDRESS names.",
+    ),
+]
 Queue = Annotated[int, typer.Option(min=1, help="Most requests that wait; more are refused.")]
 Grace = Annotated[float, typer.Option(min=0, help="Seconds for running answers when told to stop.")]
 Store = Annotated[
@@ -108,6 +116,7 @@ def serve(
     fetch: Fetch = True,
     fetch_host: FetchHost = None,
     file_root: FileRoot = None,
+    replicas: Replicas = 1,
     queue: Queue = 64,
     grace: Grace = 30.0,
     store: Store = None,
@@ -126,9 +135,12 @@ def serve(
 
     for module in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "httpcore2"):
         require(module, extra="server")
+    from seekvl.serve.deploy import require_ray
     from seekvl.serve.run import serve as run
     from seekvl.serve.settings import Settings
 
+    if replicas > 1:
+        require_ray()
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     keys = [*(api_key or []), *filter(None, os.environ.get(KEYS, "").split(","))]
     settings = Settings(
@@ -147,6 +159,7 @@ def serve(
         fetch=fetch,
         fetch_hosts=tuple(fetch_host or ()),
         file_root=file_root,
+        replicas=replicas,
         queue=queue,
         grace_seconds=grace,
         store=store,

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 import seekvl
 from seekvl.serve import chat, cog, files, health, hosted, models, page, pdf, responses
+from seekvl.serve.answerer import Model
 from seekvl.serve.desk import Desk
 from seekvl.serve.errors import (
     DECLARED,
@@ -30,20 +31,20 @@ from seekvl.serve.guard import Guard
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.pictures import PictureDesk
 from seekvl.serve.prediction_run import finish_all
+from seekvl.serve.replicas import load_replicas
 from seekvl.serve.request_log import RequestLog
 from seekvl.serve.service import Service, load_model
 from seekvl.serve.settings import Settings
 from seekvl.serve.store import Store
 from seekvl.serve.webhooks import Webhooks, new_secret
-from seekvl.vlm import VLM
 
 
-def create_app(settings: Settings, *, load: Callable[[Settings], VLM] = load_model) -> FastAPI:
-    """Return the application. Its model is loaded when the server starts, by `load`.
+def create_app(settings: Settings, *, load: Callable[[Settings], Model] | None = None) -> FastAPI:
+    """Return the application. Its model is loaded when the server starts, by `load`, or as the settings say.
 
     Raises SeekVLError for a store or a log that cannot be used.
     """
-    service = Service(settings, load=load)
+    service = Service(settings, load=load or (load_model if settings.replicas == 1 else load_replicas))
     metrics = ServerMetrics(service)
     store = Store(settings)
     pictures = PictureDesk(settings, stored=stored_in(store))

@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from urllib.parse import quote, urlsplit
 
 from fastapi import APIRouter, Request, Response
@@ -27,7 +28,10 @@ router = APIRouter(tags=["Files"])
 
 HERE = re.compile(r"(?:https?://[^/?#]+)?/v1/files/(file_[0-9a-f]{32})(?:/content)?", re.IGNORECASE)
 """The address of a file, by any name of this server; ids cannot be guessed."""
+METADATA_FIELD = re.compile(r"metadata\[(\w{1,64})\]")
 LONGEST_NAME = 255
+MOST_FIELDS = 30
+"""Of a form, what is noted about the file included."""
 
 
 def stored_in(store: Store) -> Stored:
@@ -48,23 +52,29 @@ def stored_in(store: Store) -> Stored:
 
 @router.post("/v1/files", status_code=201)
 async def upload(request: Request) -> Response:
-    """Keep a file: form field `content` or `file`, perhaps `metadata` in JSON and `purpose`."""
+    """Keep a file: form field `content` or `file`, perhaps `metadata` in JSON and `purpose`.
+
+    The second generation of the Replicate client sends `metadata[key]`, and name and type in fields of their
+    own.
+    """
     desk = desk_of(request)
     check_origin(request, desk)
     try:
-        async with request.form(max_files=1, max_fields=10) as form:
+        async with request.form(max_files=1, max_fields=MOST_FIELDS) as form:
             given = form.get("content", form.get("file"))
             if not isinstance(given, UploadFile):
                 raise ApiError(
                     status=422, message="a multipart form with a file under content or file is wanted"
                 )
             data = await given.read()
-            metadata = _metadata(form.get("metadata"))
+            metadata = {**_metadata(form.get("metadata")), **_metadata_fields(form.multi_items())}
+            name = _text(form.get("filename")) or given.filename or "file"
+            kind = _text(form.get("type")) or given.content_type or "application/octet-stream"
             purpose, moment = form.get("purpose"), time.time()
             record = FileRecord(
                 id=f"file_{secrets.token_hex(16)}",
-                name=_clean(given.filename or "file"),
-                content_type=_clean(given.content_type or "application/octet-stream"),
+                name=_clean(name),
+                content_type=_clean(kind),
                 size=len(data),
                 sha256=hashlib.sha256(data).hexdigest(),
                 metadata=metadata,
@@ -149,6 +159,21 @@ def _metadata(given: object) -> dict[str, object]:
     if not isinstance(found, dict):
         raise ApiError(status=422, message="metadata is no JSON object", param="metadata")
     return found
+
+
+def _metadata_fields(fields: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """Read what a caller notes about a file in a field each.
+
+    >>> _metadata_fields([("metadata[of]", "a sign"), ("purpose", "vision")])
+    {'of': 'a sign'}
+    """
+    found = [(METADATA_FIELD.fullmatch(name), value) for name, value in fields]
+    return {name[1]: value for name, value in found if name is not None and isinstance(value, str)}
+
+
+def _text(value: object) -> str | None:
+    """Return a form's field where it is a text."""
+    return value if isinstance(value, str) else None
 
 
 def _clean(text: str) -> str:

@@ -1,5 +1,6 @@
 """The body of a request for a prediction, and how one is begun."""
 
+import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,9 @@ from seekvl.serve.webhooks import EVENTS, Event, Webhook
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 """Ids that callers may choose: they stand in addresses and name files of the log."""
+DURATION = re.compile(r"(?=.)(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,8})s?)?", re.IGNORECASE)
+LEAST_DURATION = 5
+"""Seconds, as Replicate has it."""
 
 
 class PredictionRequest(BaseModel):
@@ -55,6 +59,7 @@ async def begin(
     inputs = models(desk)[model]
     given = body.input or {}
     faults = _webhook_faults(body, desk)
+    most = cancel_after(request.headers.get("cancel-after"))
     try:
         asked = read_inputs(given, inputs)
     except ApiError as error:
@@ -83,12 +88,33 @@ async def begin(
     )
     desk.runs[model] += 1
     run.start(desk)
+    if most is not None and most < desk.settings.answer_seconds:  # by then it has ended anyway
+        asyncio.get_running_loop().call_later(most, run.cancel)
     try:
         await desk.store.save(prediction)
     except BaseException:
         run.cancel()
         raise
     return run
+
+
+def cancel_after(given: str | None) -> int | None:
+    """Return the seconds after which a caller wants a prediction to be cancelled: the header `Cancel-After`.
+
+    Raises ApiError (422) for what is no duration.
+
+    >>> cancel_after("1m30s"), cancel_after("90"), cancel_after("2h"), cancel_after(None)
+    (90, 90, 7200, None)
+    """
+    if given is None:
+        return None
+    found = DURATION.fullmatch(given.strip())
+    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    total = 3600 * hours + 60 * minutes + seconds
+    if total < LEAST_DURATION:
+        message = f"{given[:40]!r} is no duration of at least {LEAST_DURATION} s, such as 90s or 1m30s"
+        raise invalid(Fault("Cancel-After", message))
+    return total
 
 
 def check_id(name: str) -> str:

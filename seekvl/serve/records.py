@@ -54,7 +54,8 @@ class Prediction:
     def told(self, base: str) -> dict[str, object]:
         """Return what clients are told, with addresses below `base`."""
         here = f"{base}/v1/predictions/{self.id}"
-        return {**asdict(self), "urls": {"get": here, "cancel": f"{here}/cancel", "stream": f"{here}/stream"}}
+        urls = {"get": here, "cancel": f"{here}/cancel", "stream": f"{here}/stream", "web": f"{base}/"}
+        return {**asdict(self), "data_removed": False, "urls": urls}
 
     def told_starting(self, base: str) -> dict[str, object]:
         """Return it as one that has hardly begun: the only state on which a client goes on to poll."""

@@ -18,12 +18,13 @@ from typing import Literal
 import anyio.to_thread
 from anyio import CapacityLimiter
 
-from seekvl.engine.handle import DeadlinePassed, EngineStopped, Handle
+from seekvl.engine.handle import DeadlinePassed, EngineStopped
 from seekvl.engine.request import Piece, Request, SamplingParams
 from seekvl.engine.scheduler import QueueFull
 from seekvl.processing.conversation import Conversation
 from seekvl.processing.picture import PictureLimits
 from seekvl.runtime import PromptTooLongError, SeekVLError
+from seekvl.serve.answerer import Held, Model
 from seekvl.serve.errors import ApiError, bad_request
 from seekvl.serve.settings import Settings
 from seekvl.vlm import VLM, load
@@ -68,14 +69,14 @@ def load_model(settings: Settings) -> VLM:
 class Service:
     """One model and its engine, for handlers of one event loop."""
 
-    def __init__(self, settings: Settings, *, load: Callable[[Settings], VLM] = load_model) -> None:
+    def __init__(self, settings: Settings, *, load: Callable[[Settings], Model] = load_model) -> None:
         self.settings = settings
         self.phase: Phase = "starting"
         self.setup = Setup(started_at=datetime.now(UTC))
         self.restarts = 0
         """Times the engine's thread died and was started again."""
         self._load = load
-        self._vlm: VLM | None = None
+        self._vlm: Model | None = None
         self._readers = CapacityLimiter(READERS)
         self._deaths: list[float] = []
 
@@ -89,7 +90,7 @@ class Service:
         return self.phase == "ready"
 
     @property
-    def vlm(self) -> VLM:
+    def vlm(self) -> Model:
         """The model. Raises ApiError (503) while there is none."""
         if self._vlm is None:
             raise not_ready(self.phase)
@@ -232,7 +233,7 @@ def not_ready(phase: Phase) -> ApiError:
 class Answering:
     """An answer as a handler draws it; leaving its `pieces` early cancels it."""
 
-    def __init__(self, handle: Handle, *, arrived: asyncio.Event, wait_seconds: float) -> None:
+    def __init__(self, handle: Held, *, arrived: asyncio.Event, wait_seconds: float) -> None:
         self._handle, self._arrived, self._wait = handle, arrived, wait_seconds
         self._begun = time.monotonic()
         self.first_seconds: float | None = None

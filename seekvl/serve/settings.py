@@ -77,8 +77,10 @@ class Settings:
     file_root: Path | None = None
     """Folder whose pictures `file:` addresses may name; None: none."""
 
+    replicas: int = 1
+    """Models that answer: one in this process, more through Ray Serve; see `serve.replicas`."""
     queue: int = 64
-    """Most requests that wait for a place in the engine."""
+    """Most requests that wait for a place in the engine, or in all of the replicas."""
     wait_seconds: float = 60.0
     """Longest wait for such a place."""
     answer_seconds: float = 600.0
@@ -116,6 +118,7 @@ class Settings:
             "max_picture_bytes",
             "max_pixels",
             "max_pictures",
+            "replicas",
             "queue",
             "max_predictions",
             "max_prediction_bytes",

@@ -75,15 +75,8 @@ def load_checkpoint(
     config = read_config(folder)
     on_gpu = _gpu_format(config, quantize, device=device)
     kind = choose_format(config, quantize, device=device) if on_gpu is None else None
-    limit = _limit(config, max_tokens)
-    tokenizer = load_tokenizer(folder, config)
-    processor = Processor(
-        tokenizer,
-        config.image,
-        config.template,
-        preprocessing=preprocessing,
-        max_tokens=limit,
-        max_tiles=max_tiles,
+    processor = load_processor(
+        folder, config, preprocessing=preprocessing, max_tokens=max_tokens, max_tiles=max_tiles
     )
     model = load_model(folder, config=config, device="cpu" if kind else device, dtype=dtype)
     if on_gpu is not None:
@@ -96,6 +89,26 @@ def load_checkpoint(
         config=config,
         folder=folder,
         name=str(name),
+    )
+
+
+def load_processor(
+    folder: Path,
+    config: CheckpointConfig,
+    *,
+    preprocessing: Preprocessing = "seekvl",
+    max_tokens: int | None = None,
+    max_tiles: int | None = None,
+) -> Processor:
+    """Load what turns conversations into model input, without the network; see `load_checkpoint`."""
+    limit = _limit(config, max_tokens)
+    return Processor(
+        load_tokenizer(folder, config),
+        config.image,
+        config.template,
+        preprocessing=preprocessing,
+        max_tokens=limit,
+        max_tiles=max_tiles,
     )
 
 

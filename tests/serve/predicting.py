@@ -27,7 +27,19 @@ SIGN = EXAMPLES / "sign.png"
 WORD = "What does the sign say?"
 WHERE = "Where is the sign?"
 KEYS = {
-    *("id", "model", "version", "input", "output", "status", "error", "logs", "metrics", "urls"),
+    *(
+        "id",
+        "model",
+        "version",
+        "input",
+        "output",
+        "status",
+        "error",
+        "logs",
+        "metrics",
+        "urls",
+        "data_removed",
+    ),
     *("created_at", "started_at", "completed_at"),
 }
 """Of a prediction, all of which are always there."""

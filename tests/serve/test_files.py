@@ -128,6 +128,18 @@ def test_forms_that_hold_no_file(server: Running, form: dict[str, object], statu
     assert set(reply.json()) == {"type", "title", "detail", "status"}
 
 
+def test_a_field_for_each_note_and_for_name_and_type(server: Running) -> None:
+    form = {
+        "filename": "a sign.png",
+        "type": "image/png",
+        "metadata[of]": "a sign",
+        "metadata": '{"by": "me"}',
+    }
+    found = server.ask("POST", "/v1/files", files={"content": ("upload", b"abc")}, data=form).json()
+    assert (found["name"], found["content_type"]) == ("a sign.png", "image/png")
+    assert found["metadata"] == {"of": "a sign", "by": "me"}
+
+
 def test_odd_names_are_harmless(server: Running) -> None:
     name = 'a/../"<script>\n图.html'
     made = server.ask("POST", "/v1/files", files={"content": (name, b"<b>", "text/html")}).json()

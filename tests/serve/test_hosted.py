@@ -12,6 +12,7 @@ import replicate
 from replicate.exceptions import ModelError, ReplicateError
 
 import seekvl
+from seekvl.serve import prediction_request
 from seekvl.serve.hosted import finished, wait_seconds
 from seekvl.serve.records import Prediction
 from tests.serve.conftest import Running, Start
@@ -115,7 +116,7 @@ def test_create_wait_and_get(client: replicate.Client, server: Running) -> None:
     assert again.urls["get"] == f"{server.url}/v1/predictions/{prediction.id}"
     raw = server.ask("GET", f"/v1/predictions/{prediction.id}").json()
     assert set(raw) == KEYS
-    assert set(raw["urls"]) == {"get", "cancel", "stream"}
+    assert set(raw["urls"]) == {"get", "cancel", "stream", "web"}
 
 
 def test_prefer_wait_holds_the_reply(client: replicate.Client, server: Running) -> None:
@@ -164,6 +165,18 @@ def test_cancel_before_the_picture_has_come(slow: tuple[Running, dict[str, Any]]
     prediction.cancel()
     assert (prediction.status, prediction.output, prediction.error) == ("canceled", None, None)
     assert server.server.service.vlm.engine.metrics().running == 0
+
+
+def test_cancel_after_a_time(slow: tuple[Running, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, given = slow
+    monkeypatch.setattr(prediction_request, "LEAST_DURATION", 1)
+    path, body = f"/v1/models/{FULL}/predictions", {"input": given}
+    made = server.ask("POST", path, json=body, headers={"Cancel-After": "1s"}).json()
+    found = f"/v1/predictions/{made['id']}"
+    until(lambda: server.ask("GET", found).json()["status"] == "canceled")
+    refused = server.ask("POST", path, json=body, headers={"Cancel-After": "soon"})
+    assert refused.status_code == 422
+    assert "Cancel-After: 'soon' is no duration" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize("prefer", ["wait=2", "wait"])
