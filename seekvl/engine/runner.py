@@ -35,11 +35,12 @@ class Runner:
         self.features = Features(int(FEATURE_SHARE * free_bytes(self.cache.device)))
         self._tiles = tiles_at_once(model)
         self._mark = self._look()
+        self._together: int | None = None
 
     def spare(self, rows: int) -> int:
         """Return how many guessed tokens a step may take beside one token for each of so many rows."""
         if self.exact:
-            return max(0, exact_rows(self.model, self.cache) - rows)
+            return max(0, self._exact_rows() - rows)
         return GUESSED if rows == 1 else 0
 
     def seamless(self) -> bool:
@@ -63,9 +64,19 @@ class Runner:
     def reset(self) -> None:
         """Begin with an empty cache, where and of what dtype the weights are now."""
         self.cache = _new_cache(self.model)
+        self._together = None
+
+    def _exact_rows(self) -> int:
+        """Return how many tokens of the step at hand may go through the network together; asked once a step,
+        for the answer takes as long as the rest of what a small network's step does in Python.
+        """
+        if self._together is None:
+            self._together = exact_rows(self.model, self.cache)
+        return self._together
 
     def prepare(self, plan: Plan) -> None:
-        """Give the cache the shape of a plan, and a job that begins its slot."""
+        """Begin a step: give the cache the shape of a plan, and a job that begins its slot."""
+        self._together = None
         self.cache.resize(rows=plan.rows, capacity=plan.capacity)
         if (placed := plan.placement) is not None:
             self.cache.copy(placed.source, placed.slot, length=placed.shared)
@@ -119,7 +130,7 @@ class Runner:
         """
         for slot, length in held.items():
             self.cache.truncate(slot, length)
-        size = exact_rows(self.model, self.cache) if self.exact else len(slots)
+        size = self._exact_rows() if self.exact else len(slots)
         logits = [
             step(
                 self.model, tokens[begin : begin + size], cache=self.cache, slots=slots[begin : begin + size]

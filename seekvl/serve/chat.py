@@ -160,12 +160,14 @@ async def finish(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> 
     """Draw all answers to their end; the first that fails ends the others. Raises ApiError."""
     tokens: list[list[dict[str, object]]] = [[] for _ in answerings]
     completions: dict[int, Completion] = {}
-    async with contextlib.aclosing(together(answerings)) as pieces:
-        async for index, piece in pieces:
-            tokens[index] += likelihoods(piece, chat.tokenizer)
-            if piece.completion is not None:
-                completions[index] = piece.completion
-                await note(chat, answerings[index], piece.completion, desk=desk, choice=index)
+    async with contextlib.aclosing(together(answerings)) as coming:
+        async for index, pieces in coming:
+            for piece in pieces:
+                tokens[index] += likelihoods(piece, chat.tokenizer)
+            completion = pieces[-1].completion
+            if completion is not None:
+                completions[index] = completion
+                await note(chat, answerings[index], completion, desk=desk, choice=index)
     return [Choice(completion=completions[index], tokens=told) for index, told in enumerate(tokens)]
 
 
@@ -256,21 +258,26 @@ def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, object
 
 
 async def stream(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> AsyncGenerator[bytes, None]:
-    """Yield the events of all choices as their pieces come, then the usage and the end."""
+    """Yield the events of all choices as their pieces come, then the usage and the end.
+
+    Events that are there at once are yielded at once.
+    """
     with_usage = chat.asked.stream_options is not None and chat.asked.stream_options.include_usage
     completions: dict[int, Completion] = {}
-    strippers = [Stripper() for _ in answerings]
-    for index in range(len(answerings)):
-        yield chunk(chat, index, delta={"role": "assistant", "content": ""}, with_usage=with_usage)
+    writers = [Writer(chat, index, with_usage=with_usage) for index in range(len(answerings))]
+    role: dict[str, object] = {"role": "assistant", "content": ""}
+    yield b"".join(chunk(chat, each.index, delta=role, with_usage=with_usage) for each in writers)
     try:
-        async with contextlib.aclosing(together(answerings)) as pieces:
-            async for index, piece in pieces:
-                if text := from_piece(chat, index, piece, stripper=strippers[index], with_usage=with_usage):
-                    yield text
-                if piece.completion is not None:
-                    completions[index] = piece.completion
-                    await note(chat, answerings[index], piece.completion, desk=desk, choice=index)
-                    yield last_chunk(chat, index, piece.completion, with_usage=with_usage)
+        async with contextlib.aclosing(together(answerings)) as coming:
+            async for index, pieces in coming:
+                written = b"".join(map(writers[index].write, pieces))
+                completion = pieces[-1].completion
+                if completion is not None:
+                    completions[index] = completion
+                    await note(chat, answerings[index], completion, desk=desk, choice=index)
+                    written += last_chunk(chat, index, completion, with_usage=with_usage)
+                if written:
+                    yield written
     except Exception as error:
         yield events.data(error_event(failure(error)))
         return
@@ -280,15 +287,28 @@ async def stream(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> 
     yield events.data("[DONE]")
 
 
-def from_piece(chat: Chat, index: int, piece: Piece, *, stripper: Stripper, with_usage: bool) -> bytes:
-    """Return the chunk of a piece; nothing where it has neither letters nor likelihoods."""
-    text = piece.text
-    if chat.asked.strip_tags:
-        text = stripper.push(text, last=piece.completion is not None)
-    tokens = likelihoods(piece, chat.tokenizer)
-    if not text and not tokens:
-        return b""
-    return chunk(chat, index, delta={"content": text}, tokens=tokens, with_usage=with_usage)
+class Writer:
+    """Writes the pieces of a choice as chunks; what all of them share is encoded once."""
+
+    def __init__(self, chat: Chat, index: int, *, with_usage: bool) -> None:
+        self.index = index
+        self._chat, self._with_usage, self._stripper = chat, with_usage, Stripper()
+        mark = '"content": ""'  # of the last field but constants: a model's name cannot hold it unescaped
+        empty = chunk(chat, index, delta={"content": ""}, with_usage=with_usage).decode()
+        before, _, self._after = empty.rpartition(mark)
+        self._before = before + mark.removesuffix('""')
+
+    def write(self, piece: Piece) -> bytes:
+        """Return the chunk of a piece; nothing where it has neither letters nor likelihoods."""
+        text, tokens = piece.text, likelihoods(piece, self._chat.tokenizer)
+        if self._chat.asked.strip_tags:
+            text = self._stripper.push(text, last=piece.completion is not None)
+        if tokens:
+            delta: dict[str, object] = {"content": text}
+            return chunk(self._chat, self.index, delta=delta, tokens=tokens, with_usage=self._with_usage)
+        if not text:
+            return b""
+        return f"{self._before}{events.encode(text)}{self._after}".encode()
 
 
 def last_chunk(chat: Chat, index: int, completion: Completion, *, with_usage: bool) -> bytes:
@@ -336,19 +356,19 @@ def _head(chat: Chat) -> dict[str, object]:
     }
 
 
-async def together(answerings: Sequence[Answering]) -> AsyncGenerator[tuple[int, Piece], None]:
+async def together(answerings: Sequence[Answering]) -> AsyncGenerator[tuple[int, list[Piece]], None]:
     """Yield the pieces of several answers as they come; leaving early cancels all of them."""
     if len(answerings) == 1:  # without the detour, which every token would take
-        async with contextlib.aclosing(answerings[0].pieces()) as pieces:
-            async for piece in pieces:
-                yield 0, piece
+        async with contextlib.aclosing(answerings[0].pieces()) as coming:
+            async for pieces in coming:
+                yield 0, pieces
         return
-    arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, list[Piece] | Exception]] = asyncio.Queue()
 
     async def draw(index: int, answering: Answering) -> None:
         try:
-            async for piece in answering.pieces():
-                arrived.put_nowait((index, piece))
+            async for pieces in answering.pieces():
+                arrived.put_nowait((index, pieces))
         except Exception as error:
             arrived.put_nowait((index, error))
 
@@ -360,7 +380,7 @@ async def together(answerings: Sequence[Answering]) -> AsyncGenerator[tuple[int,
             if isinstance(came, Exception):
                 raise came
             yield index, came
-            left -= came.completion is not None
+            left -= came[-1].completion is not None
     finally:
         cancel(answerings)  # a task that has not begun yet would not
         for task in drawing:

@@ -19,6 +19,11 @@ HEADERS = {
 }
 
 
+encode: Callable[[object], str] = json.JSONEncoder(ensure_ascii=False).encode
+"""Writes JSON with the letters of all scripts as themselves; one encoder for all, for making one takes longer
+than a chunk.
+"""
+
 DECLARED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer, whole or, with `stream`, as events.",
@@ -88,7 +93,7 @@ def data(value: Mapping[str, object] | str) -> bytes:
     >>> data("[DONE]")
     b'data: [DONE]\n\n'
     """
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else encode(value)
     return f"data: {text}\n\n".encode()
 
 
@@ -104,7 +109,7 @@ def event(name: str, value: Mapping[str, object] | str, *, number: int | None = 
     if isinstance(value, str):
         lines = [line.rstrip("\r\n") for line in _lines(value)]
     else:
-        lines = [json.dumps(value, ensure_ascii=False)]
+        lines = [encode(value)]
     head = f"event: {name}\n" + ("" if number is None else f"id: {number}\n")
     return (head + "".join(f"data: {line}\n" for line in lines) + "\n").encode()
 

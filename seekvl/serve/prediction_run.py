@@ -171,11 +171,12 @@ class Run:
             await desk.log.request(self.prediction.id, logged)
         answering = await self._submit(prepared, desk=desk)
         self._begin(lines)
-        async for piece in answering.pieces():
-            if piece.text:
-                self._output_piece(piece.text)
-            if piece.completion is not None:
-                return await self._complete(piece.completion, answering, prepared, pictures[-1], desk=desk)
+        async for pieces in answering.pieces():
+            if text := "".join(piece.text for piece in pieces):
+                self._output_piece(text)
+            completion = pieces[-1].completion
+            if completion is not None:
+                return await self._complete(completion, answering, prepared, pictures[-1], desk=desk)
         raise ApiError(status=500, message="the answer has no end")
 
     def _begin(self, lines: Sequence[str]) -> None:

@@ -176,23 +176,25 @@ async def stream(asked: Asked, answerings: Sequence[Answering], *, desk: Desk) -
     """Yield the events of an answer as its pieces come."""
     write, stripper, tokens = Numbered(), Stripper(), list[dict[str, object]]()
     place = {"item_id": asked.item_id, "output_index": 0, "content_index": 0}
-    for opening in opened(asked, write, place):
-        yield opening
+    yield b"".join(opened(asked, write, place))
     try:
-        async with contextlib.aclosing(together(answerings)) as pieces:
-            async for index, piece in pieces:
-                text, told = piece.text, likelihoods(piece, asked.chat.tokenizer)
-                if asked.request.strip_tags:
-                    text = stripper.push(text, last=piece.completion is not None)
-                tokens += told
-                if text or told:
-                    yield write("output_text.delta", **place, delta=text, logprobs=told)
-                if piece.completion is not None:
-                    await note(asked.chat, answerings[index], piece.completion, desk=desk, choice=index)
-                    for closing in closed(
-                        asked, write, place, Choice(completion=piece.completion, tokens=tokens)
-                    ):
-                        yield closing
+        async with contextlib.aclosing(together(answerings)) as coming:
+            async for index, pieces in coming:
+                written = b""
+                for piece in pieces:
+                    text, told = piece.text, likelihoods(piece, asked.chat.tokenizer)
+                    if asked.request.strip_tags:
+                        text = stripper.push(text, last=piece.completion is not None)
+                    tokens += told
+                    if text or told:
+                        written += write("output_text.delta", **place, delta=text, logprobs=told)
+                completion = pieces[-1].completion
+                if completion is not None:
+                    await note(asked.chat, answerings[index], completion, desk=desk, choice=index)
+                    choice = Choice(completion=completion, tokens=tokens)
+                    written += b"".join(closed(asked, write, place, choice))
+                if written:
+                    yield written
     except Exception as error:
         yield write("failed", response=response(asked, "failed", error=failure(error)))
 
