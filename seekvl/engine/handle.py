@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 class Notify(Protocol):
-    """Is told of handles that something has come for."""
+    """Whom the engine tells that something has come."""
 
-    def __call__(self, handles: Sequence["Handle"], /) -> None: ...
+    def __call__(self, handles: Sequence["Handle"], /) -> None:
+        """Take the handles that it has come for."""
 
 
 class EngineStopped(RuntimeError):  # noqa: N818 - a state, which a server answers with "not ready"

@@ -19,7 +19,7 @@ from seekvl.processing.tokenizer import Tokenizer
 from seekvl.runtime import SeekVLError
 from seekvl.serve import events
 from seekvl.serve.chat_request import ChatRequest, check_model, conversation, sampling
-from seekvl.serve.desk import Desk, client_of, desk_of, until_disconnected
+from seekvl.serve.desk import Desk, client_of, desk_of, owner_of, until_disconnected
 from seekvl.serve.errors import ApiError, bad_request, error_event
 from seekvl.serve.grounding import Stripper, grounding, strip
 from seekvl.serve.notices import limits_met, notices, seen
@@ -44,7 +44,8 @@ class Chat:
     notices: list[str]
     done: list[Completion]
     """Answers that came to their end; the door's log line reads it."""
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    id: str
+    """Of its answer; also the name under which it is logged."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -67,33 +68,38 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     """Answer a conversation about pictures."""
     desk = desk_of(request)
     async with until_disconnected(request):
-        chat = await begin(asked, desk=desk, done=request.state.completions)
+        chat = await begin(request, asked)
         answerings = await submit(chat, desk=desk, client=client_of(request))
         if not asked.stream:
             return JSONResponse(whole(chat, await finish(chat, answerings, desk=desk)))
     return events.EventStream(stream(chat, answerings, desk=desk), ended=partial(cancel, answerings))
 
 
-async def begin(asked: ChatRequest, *, desk: Desk, done: list[Completion]) -> Chat:
-    """Check a request and turn it into model input. Raises ApiError."""
+async def begin(request: Request, asked: ChatRequest, *, name: str = "chatcmpl-") -> Chat:
+    """Check a request and turn it into model input. Raises ApiError.
+
+    name: how the id of its answer begins.
+    """
+    desk = desk_of(request)
     check_model(asked.model, desk.names)
     check_tiles(asked, desk=desk)
     sampling(asked, room=desk.context)  # what cannot be served is told before pictures are fetched
     if desk.log is not None and asked.seed is None:
         asked = asked.model_copy(update={"seed": fresh_seed()})
-    given = await conversation(asked.messages, desk=desk.pictures)
+    given = await conversation(asked.messages, desk=desk.pictures, owner=owner_of(request))
     prepared = await desk.service.prepare(
         given, sampling(asked, room=desk.context), max_tiles=asked.max_tiles
     )
     processor = desk.service.vlm.processor
     chat = Chat(
+        id=name + uuid.uuid4().hex,
         asked=asked,
         prepared=replace(prepared, end_id=NO_END if asked.ignore_eos else None),
         tokenizer=processor.tokenizer,
         model=asked.model,
         pictures=seen(prepared.inputs, processor),
         notices=notices(prepared.inputs, processor),
-        done=done,
+        done=request.state.completions,
     )
     if desk.log is not None:
         await desk.log.request(chat.id, logged(chat, given, room=desk.room(prepared)))

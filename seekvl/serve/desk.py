@@ -40,8 +40,8 @@ class Desk:
     webhooks: Webhooks
     log: RequestLog | None = None
     """Where whole requests are kept, if anywhere."""
-    live: "dict[str, Run]" = field(default_factory=dict)
-    """Predictions under way, by id."""
+    live: "dict[tuple[str, str], Run]" = field(default_factory=dict)
+    """Predictions under way, by owner and id."""
     painter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
     """Threads that draw boxes."""
     runs: Counter[str] = field(default_factory=Counter)
@@ -89,6 +89,11 @@ def desk_of(request: Request) -> Desk:
 def base_of(request: Request) -> str:
     """Return the address of this server as the caller wrote it."""
     return str(request.base_url).rstrip("/")
+
+
+def owner_of(request: Request) -> str:
+    """Return whose predictions and files a caller may see, see `guard.owner_name`."""
+    return str(request.state.owner)
 
 
 def client_of(request: Request) -> str:

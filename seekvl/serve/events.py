@@ -106,10 +106,7 @@ def event(name: str, value: Mapping[str, object] | str, *, number: int | None = 
     >>> event("output", "a\nb", number=3)
     b'event: output\nid: 3\ndata: a\ndata: b\n\n'
     """
-    if isinstance(value, str):
-        lines = [line.rstrip("\r\n") for line in _lines(value)]
-    else:
-        lines = [encode(value)]
+    lines = [line.rstrip("\r\n") for line in _lines(value)] if isinstance(value, str) else [encode(value)]
     head = f"event: {name}\n" + ("" if number is None else f"id: {number}\n")
     return (head + "".join(f"data: {line}\n" for line in lines) + "\n").encode()
 

@@ -36,7 +36,6 @@ class Asked:
 
     request: ResponsesRequest
     chat: Chat
-    id: str = field(default_factory=lambda: f"resp_{uuid.uuid4().hex}")
     item_id: str = field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
 
 
@@ -46,7 +45,7 @@ async def create_response(request: Request, wanted: ResponsesRequest) -> Respons
     desk, as_chat = desk_of(request), wanted.as_chat()
     async with until_disconnected(request):
         try:
-            chat = await begin(as_chat, desk=desk, done=request.state.completions)
+            chat = await begin(request, as_chat, name="resp_")
             answerings = await submit(chat, desk=desk, client=client_of(request))
         except ApiError as error:
             raise renamed(error, shift=int(bool(wanted.instructions))) from error
@@ -80,7 +79,7 @@ def response(
     params = asked.chat.prepared.params
     form = None if wanted.text is None else wanted.text.format
     return {
-        "id": asked.id,
+        "id": asked.chat.id,
         "object": "response",
         "created_at": asked.chat.created,
         "completed_at": int(time.time()) if status == "completed" else None,

@@ -34,6 +34,8 @@ Phase = Literal["starting", "ready", "restarting", "failed", "draining", "stoppe
 
 READERS = 2
 """Threads that turn conversations into model input, beside the engine's."""
+PREPARED_BYTES = 128 * 2**20
+"""Most bytes of pictures as the network takes them, kept for the next turn of their conversation."""
 WATCH_SECONDS = 0.25
 """Between two looks at the engine."""
 DRAIN_SECONDS = 0.05
@@ -171,6 +173,7 @@ class Service:
             vlm.processor.limits = PictureLimits(
                 max_pixels=self.settings.max_pixels, max_bytes=self.settings.max_picture_bytes
             )
+            vlm.processor.remember(PREPARED_BYTES)
             vlm.renew_engine(queue=self.settings.queue)
             vlm.engine.start()
         except Exception as error:
