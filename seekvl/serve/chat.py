@@ -129,7 +129,7 @@ def check_tiles(asked: ChatRequest, *, desk: Desk) -> None:
 async def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
     """Hand all choices to the engine, or none of them. Raises ApiError.
 
-    A thread does it: pictures are hashed then, and grammars made of schemas. It goes on where the caller
+    Where the answer has a form, a thread does it, for its grammar is made then. It goes on where the caller
     hangs up meanwhile, so what it handed in is cancelled when it is done.
     """
     room, loop = desk.room(chat.prepared), asyncio.get_running_loop()
@@ -141,6 +141,14 @@ async def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
             prepared = replace(chat.prepared, params=params)
             answerings.append(desk.service.submit(prepared, client=client, loop=loop))
 
+    if chat.asked.response_format is None:
+        try:
+            hand_in()
+        except BaseException:
+            cancel(answerings)
+            raise
+        return answerings
+
     def give_up(handing: asyncio.Future[None]) -> None:
         handing.exception()  # or the log would say that nobody asked for it
         cancel(answerings)
@@ -150,7 +158,7 @@ async def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
         await asyncio.shield(handing)
     except BaseException as error:
         handing.add_done_callback(give_up)
-        if isinstance(error, ApiError) and error.status == 400 and chat.asked.response_format is not None:
+        if isinstance(error, ApiError) and error.status == 400:
             error.param = "response_format"  # what the engine finds wrong with a request by itself
         raise
     return answerings

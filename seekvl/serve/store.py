@@ -4,9 +4,9 @@ predictions    owner, id, created, ended (null while it runs), size in bytes, it
 files          id, created, expires, size in bytes, about it as JSON, its bytes, owner
 facts          name, value: what one start of the server tells the next
 
-Nobody finds what another owner has, and two of them may choose the same id. All work is done in one thread, in
-the order of the calls; a call that writes returns when its writing is on the disk. A file is for one server at
-a time.
+Nobody finds what another owner has, and two of them may choose the same id. All work is done in one thread,
+in the order of the calls; a call that writes returns when its writing is on the disk. A file is for one
+server at a time.
 """
 
 import asyncio
