@@ -88,8 +88,8 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken."""
-        return self.phase == "ready"
+        """Whether a request would be taken: not by an engine that has died and was not looked after yet."""
+        return self.phase == "ready" and self.vlm.engine.alive
 
     @property
     def vlm(self) -> VLM:

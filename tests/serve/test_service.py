@@ -12,6 +12,7 @@ import pytest
 
 import seekvl
 from seekvl.engine.engine import Engine
+from seekvl.engine.handle import Handle
 from seekvl.serve import run, service
 from seekvl.serve.app import create_app
 from seekvl.serve.chat import together
@@ -26,8 +27,23 @@ def client_of(server: Running, **options: Any) -> openai.OpenAI:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_hanging_up_ends_an_answer_within_a_step(server: Running, stream: bool) -> None:
+def test_hanging_up_ends_an_answer_within_a_step(
+    server: Running, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     engine, before = server.engine, server.engine.metrics()
+    steps, cancelled = list[bool](), list[int]()
+    step, cancel = engine.step, Handle.cancel
+
+    def counted() -> bool:
+        steps.append(step())
+        return steps[-1]
+
+    def noted(handle: Handle) -> None:
+        cancelled.append(len(steps))
+        cancel(handle)
+
+    monkeypatch.setattr(engine, "step", counted)
+    monkeypatch.setattr(Handle, "cancel", noted)
     request = httpx.Request("POST", server.url + CHAT, json=chat_body(stream=stream, **ENDLESS))
     lines = [f"{name.decode()}: {value.decode()}" for name, value in request.headers.raw]
     host, port = server.url.removeprefix("http://").split(":")
@@ -35,10 +51,14 @@ def test_hanging_up_ends_an_answer_within_a_step(server: Running, stream: bool) 
         head = "\r\n".join((f"POST {CHAT} HTTP/1.1", *lines, "", "")).encode()
         connection.sendall(head + request.read())
         wait_until(lambda: engine.metrics().generated_tokens > before.generated_tokens + 5)
+        hung_up = time.monotonic()
     wait_until(lambda: engine.metrics().running == 0)
+    assert time.monotonic() - hung_up < 20
     after = engine.metrics()
     assert after.ended.get("cancelled", 0) == before.ended.get("cancelled", 0) + 1
-    assert after.generated_tokens - before.generated_tokens < 1000  # of about 2,000
+    assert cancelled
+    assert len(steps) - cancelled[0] <= 2, "the step under way, and one that finds nothing to do"
+    assert after.generated_tokens - before.generated_tokens < 1500  # of about 2,000
     assert server.chat(max_tokens=1).status_code == 200
 
 
@@ -200,6 +220,63 @@ def test_an_engine_that_died_is_started_again(start: Start, monkeypatch: pytest.
     wait_until(lambda: server.ask("GET", "/ready").status_code == 200)
     wait_until(lambda: server.figure("seekvl_engine_restarts_total") == 1)
     assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_an_engine_that_died_is_not_ready_until_it_is_started_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, go_on = start(), threading.Event()
+    service_, restart = server.server.service, server.server.service._restart
+
+    def slow() -> None:
+        go_on.wait(60)
+        restart()
+
+    monkeypatch.setattr(service_, "_restart", slow)
+    death = Death(1)
+    monkeypatch.setattr(Engine, "_do", lambda engine, plan: death(engine, plan))
+    assert server.chat(max_tokens=1).status_code == 503
+    for _ in range(2):
+        told = server.ask("GET", "/ready")
+        assert (told.status_code, told.json()) == (503, {"status": "restarting"})
+        assert told.headers["retry-after"]
+        refused = server.chat(max_tokens=1)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        assert server.ask("GET", "/health").status_code == 200
+        wait_until(lambda: service_.phase == "restarting")
+    go_on.set()
+    wait_until(lambda: server.ask("GET", "/ready").status_code == 200)
+    assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_a_request_that_fails_takes_nobody_with_it(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = Engine._extend
+
+    def broken(engine: Engine, job: Any, *given: Any, **more: Any) -> None:
+        if job.room == 7 and engine._tasks[job][0].room < 4:
+            raise ValueError("this one cannot be gone on with")
+        extend(engine, job, *given, **more)
+
+    monkeypatch.setattr(Engine, "_extend", broken)
+    expected = server.chat(max_tokens=40, ignore_eos=True).json()["choices"]
+    answers: dict[int, httpx.Response] = {}
+
+    def ask(number: int) -> None:
+        answers[number] = server.chat(max_tokens=7 if number == 2 else 40, ignore_eos=True)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
+    with held(server.engine):
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: server.engine.metrics().waiting == 5)
+    for thread in threads:
+        thread.join(60)
+    failed = answers.pop(2)
+    assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
+    assert "cannot be gone on with" not in failed.text, "that is for the log"
+    for answer in answers.values():
+        assert answer.json()["choices"] == expected
 
 
 def test_a_stream_that_breaks_ends_with_an_error_the_client_raises(
