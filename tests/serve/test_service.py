@@ -13,6 +13,7 @@ import pytest
 import seekvl
 from seekvl.engine.engine import Engine
 from seekvl.engine.handle import Handle
+from seekvl.engine.request import Piece
 from seekvl.serve import run, service
 from seekvl.serve.app import create_app
 from seekvl.serve.chat import together
@@ -326,3 +327,74 @@ def test_what_an_answer_fails_of_decides_the_status() -> None:
     assert service.failure(service.EngineStopped("x")).status == 503
     assert service.failure(seekvl.SeekVLError("x")).status == 400
     assert service.failure(RuntimeError("x")).status == 500
+
+
+class Given:
+    """Stands for a handle that gives what it was made with, all that is there at once."""
+
+    waiting = False
+
+    def __init__(self, *batches: list[Piece | Exception | None]) -> None:
+        self.left = [item for batch in batches for item in (*batch, None)]
+
+    def poll(self) -> Piece | None:
+        found = self.left.pop(0) if self.left else None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def cancel(self) -> None:
+        self.left.clear()
+
+
+def piece(text: str) -> Piece:
+    return Piece(text=text, token_id=1)
+
+
+def test_what_came_before_a_failure_is_drawn_before_it_is_raised() -> None:
+    async def draw() -> list[str]:
+        handle: Any = Given([piece("a"), piece("b"), service.EngineStopped("broken")])
+        answering = service.Answering(handle, wakes=service.Wakes(asyncio.get_running_loop()), wait_seconds=5)
+        coming = answering.pieces()
+        drawn = ["".join(each.text for each in await anext(coming))]
+        with pytest.raises(ApiError, match="broken"):
+            await anext(coming)
+        return drawn
+
+    assert asyncio.run(draw()) == ["ab"]
+
+
+def test_an_asker_is_woken_for_what_comes_and_for_nothing_else() -> None:
+    async def draw() -> tuple[list[str], int]:
+        handle: Any = Given([], [piece("a")], [], [piece("b"), piece("c")])
+        loop = asyncio.get_running_loop()
+        wakes, calls = service.Wakes(loop), 0
+        answering = service.Answering(handle, wakes=wakes, wait_seconds=5)
+        drawn: list[str] = []
+
+        async def read() -> None:
+            async for pieces in answering.pieces():
+                drawn.append("".join(each.text for each in pieces))
+
+        reading = asyncio.create_task(read())
+        while len(drawn) < 2 and calls < 50:
+            calls += 1
+            await loop.run_in_executor(None, wakes.notify, [handle])
+            await asyncio.sleep(0.01)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        assert wakes.arrived == {}, "nobody draws any more"
+        wakes.notify([handle])  # so nobody is woken
+        await asyncio.sleep(0.01)
+        return drawn, calls
+
+    drawn, calls = asyncio.run(draw())
+    assert drawn == ["a", "bc"]
+    assert calls <= 4
+
+
+def test_a_notice_after_the_loop_has_ended_harms_nobody() -> None:
+    loop = asyncio.new_event_loop()
+    wakes = service.Wakes(loop)
+    loop.close()
+    wakes.notify([])
