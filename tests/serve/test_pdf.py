@@ -150,8 +150,16 @@ def test_who_leaves_early_ends_the_worker(
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         wait_until(lambda: ended.exists() and ended.read_text() != "")
     wait_until(lambda: pdf._drawn == 0)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(ended.read_text()), 0)
+    wait_until(lambda: not runs(int(ended.read_text())))
+
+
+def runs(process: int) -> bool:
+    """Whether a process is there, be it one that has ended and was not looked after yet."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_only_so_many_are_drawn_at_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
