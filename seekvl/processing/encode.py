@@ -155,6 +155,14 @@ class Processor:
         """
         self._recent = Recent(limit)
 
+    def remembers(self, conversation: Conversation) -> bool:
+        """Whether all pictures of a conversation are remembered, so that only its words are to be encoded."""
+        pictures, recent = conversation.pictures, self._recent
+        return all(
+            recent is not None and recent.get(self._shown(picture, len(pictures))) is not None
+            for picture in pictures
+        )
+
     @property
     def picture_tokens(self) -> int:
         """The tokens a picture takes; where pictures are tiled, the least: those of a single tile."""
@@ -271,7 +279,7 @@ class Processor:
         image, recent = picture.source, self._recent
         if recent is None or not isinstance(image, Image.Image):
             return self._prepare(picture, number=number, pictures=pictures)
-        key = (id(image), picture.detail, pictures, self.max_tiles)
+        key = self._shown(picture, pictures)
         if (found := recent.get(key)) is not None:
             return found[1]
         seen = self._prepare(picture, number=number, pictures=pictures)
@@ -279,6 +287,10 @@ class Processor:
         size = seen.nbytes + image.width * image.height * len(image.getbands())
         recent.put(key, (image, seen), size=size)  # held, so that nothing else has its identity
         return seen
+
+    def _shown(self, picture: Picture, pictures: int) -> _Shown:
+        """Return what the pixels of one of so many pictures depend on."""
+        return id(picture.source), picture.detail, pictures, self.max_tiles
 
     def _fingerprint(self, seen: _Seen) -> bytes:
         """Return what tells a picture from others, unless it is known."""

@@ -1,6 +1,5 @@
 """What the routes of all dialects share: settings, the model, pictures, figures, and who asks."""
 
-import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -13,6 +12,7 @@ from fastapi import Request
 from seekvl.engine.request import Request as Prepared
 from seekvl.processing.tile_image import TileImageConfig
 from seekvl.serve.errors import HUNG_UP, ApiError, bad_request
+from seekvl.serve.events import HungUp, while_connected
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.pictures import PictureDesk
 from seekvl.serve.request_log import RequestLog
@@ -105,24 +105,8 @@ def client_of(request: Request) -> str:
 @contextlib.asynccontextmanager
 async def until_disconnected(request: Request) -> AsyncIterator[None]:
     """Cancel what is done inside as soon as the caller hangs up; raises ApiError (499) then."""
-    working, hung_up = asyncio.current_task(), False
-    assert working is not None
-
-    async def listen() -> None:
-        nonlocal hung_up
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        hung_up = True
-        working.cancel()
-
-    listening = asyncio.create_task(listen())
     try:
-        try:
+        async with while_connected(request.receive):
             yield
-        finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
-    except asyncio.CancelledError:
-        if not hung_up or working.uncancel():
-            raise  # somebody else wants it to end
+    except HungUp:
         raise ApiError(status=HUNG_UP, message="the caller hung up") from None

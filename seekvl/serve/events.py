@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
@@ -56,35 +55,71 @@ class EventStream(StreamingResponse):
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all there is."""
+        """Send all there is, to whoever still listens."""
         try:
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(HungUp):
+                async with while_connected(receive):
+                    await self.stream_response(send)
         finally:
             self._ended()
 
     async def stream_response(self, send: Send) -> None:
-        """Send the head, the events, and the comments between them from a task beside."""
-        sent = time.monotonic()
+        """Send the head, the events, and the comments between them."""
+        loop = asyncio.get_running_loop()
+        sent, commenting = loop.time(), set[asyncio.Future[None]]()
 
-        async def comments() -> None:
-            nonlocal sent
-            while True:
-                await asyncio.sleep(sent + self._seconds - time.monotonic())
-                if time.monotonic() - sent >= self._seconds:
-                    sent = time.monotonic()
-                    await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+        def comment() -> None:
+            nonlocal sent, timer
+            if loop.time() - sent >= self._seconds:
+                sent = loop.time()
+                body = {"type": "http.response.body", "body": COMMENT, "more_body": True}
+                commenting.add(task := asyncio.ensure_future(send(body)))
+                task.add_done_callback(commenting.discard)
+            timer = loop.call_at(sent + self._seconds, comment)
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        commenting = asyncio.create_task(comments())
+        timer = loop.call_at(sent + self._seconds, comment)
         try:
             async with contextlib.aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
-                    sent = time.monotonic()
+                    sent = loop.time()
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         finally:
-            commenting.cancel()
-            await asyncio.gather(commenting, return_exceptions=True)
+            timer.cancel()
+            for task in commenting:
+                task.cancel()
+            await asyncio.gather(*commenting, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class HungUp(Exception):  # noqa: N818 - what a caller did, not a fault
+    """The caller does not wait for an answer any more."""
+
+
+@contextlib.asynccontextmanager
+async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
+    """Cancel what is done inside as soon as the caller hangs up; raises HungUp then."""
+    working, hung_up = asyncio.current_task(), False
+    assert working is not None
+
+    async def listen() -> None:
+        nonlocal hung_up
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        hung_up = True
+        working.cancel()
+
+    listening = asyncio.create_task(listen())
+    try:
+        try:
+            yield
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+    except asyncio.CancelledError:
+        if not hung_up or working.uncancel():
+            raise  # somebody else wants it to end
+        raise HungUp from None
 
 
 def data(value: Mapping[str, object] | str) -> bytes:

@@ -275,3 +275,21 @@ def test_a_remembered_picture_depends_on_what_its_tiles_depend_on() -> None:
     found = tiled.encode(asked[0])
     tiled._recent = None
     assert found.digests == tuple(picture_digests(tiled.encode(asked[0])))
+
+
+def test_a_conversation_is_remembered_when_all_its_pictures_are(process: Processor) -> None:
+    def asked(*shown: Image.Image) -> Conversation:
+        return Conversation((Message("user", (*map(Picture, shown), Text("?"))),))
+
+    assert process.remembers(asked())
+    process.encode(asked(RED))
+    assert not process.remembers(asked(RED)), "nothing is kept unless it was asked for"
+    process.remember(10**6)
+    assert not process.remembers(asked(RED))
+    process.encode(asked(RED))
+    assert process.remembers(asked(RED))
+    assert not process.remembers(asked(RED, RED)), "two may be seen otherwise than one"
+    assert not process.remembers(asked(BLUE))
+    process.remember(10)  # too little for any
+    process.encode(asked(RED))
+    assert not process.remembers(asked(RED))

@@ -1,6 +1,7 @@
 """Answers that nobody waits for, that wait too long, and an engine that dies under them."""
 
 import asyncio
+import base64
 import socket
 import threading
 import time
@@ -18,7 +19,8 @@ from seekvl.serve import run, service
 from seekvl.serve.app import create_app
 from seekvl.serve.chat import together
 from seekvl.serve.errors import ApiError
-from tests.serve.conftest import ENDLESS, SETTINGS, Running, Start, chat_body, held, wait_until
+from tests.serve.conftest import ENDLESS, LOOP, SETTINGS, Running, Start, chat_body, held, wait_until
+from tests.serve.predicting import SIGN
 
 CHAT = "/v1/chat/completions"
 
@@ -398,3 +400,21 @@ def test_a_notice_after_the_loop_has_ended_harms_nobody() -> None:
     wakes = service.Wakes(loop)
     loop.close()
     wakes.notify([])
+
+
+def test_only_what_takes_long_is_prepared_in_a_thread(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, threads = start(), list[str]()
+    vlm = server.server.service.vlm
+    prepare = vlm.prepare
+
+    def noted(*given: Any, **more: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return prepare(*given, **more)
+
+    monkeypatch.setattr(vlm, "prepare", noted)
+    picture = "data:image/png;base64," + base64.b64encode(SIGN.read_bytes()).decode()
+    shown = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What?"}]
+    for content in ("Hello.", "Hello. " * 300, shown, shown, [*shown, {"type": "text", "text": "a " * 1000}]):
+        answer = server.chat(messages=[{"role": "user", "content": content}], max_tokens=1)
+        assert answer.status_code == 200
+    assert [name == LOOP for name in threads] == [True, False, False, True, False]
