@@ -65,31 +65,45 @@ class EventStream(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         """Send the head, the events, and the comments between them."""
-        loop = asyncio.get_running_loop()
-        sent, commenting = loop.time(), set[asyncio.Future[None]]()
-
-        def comment() -> None:
-            nonlocal sent, timer
-            if loop.time() - sent >= self._seconds:
-                sent = loop.time()
-                body = {"type": "http.response.body", "body": COMMENT, "more_body": True}
-                commenting.add(task := asyncio.ensure_future(send(body)))
-                task.add_done_callback(commenting.discard)
-            timer = loop.call_at(sent + self._seconds, comment)
-
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        timer = loop.call_at(sent + self._seconds, comment)
+        comments = Comments(send, seconds=self._seconds)
         try:
             async with contextlib.aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
-                    sent = loop.time()
+                    comments.sent = comments.loop.time()
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         finally:
-            timer.cancel()
-            for task in commenting:
-                task.cancel()
-            await asyncio.gather(*commenting, return_exceptions=True)
+            await comments.end()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Comments:
+    """Sends a comment whenever nothing was sent for so many seconds."""
+
+    def __init__(self, send: Send, *, seconds: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.sent = self.loop.time()
+        """When something was sent last, by the clock of the loop."""
+        self._send, self._seconds = send, seconds
+        self._sending = set[asyncio.Future[None]]()
+        self._timer = self.loop.call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        """Send a comment, if it is time, and look again later."""
+        if self.loop.time() >= self.sent + self._seconds:
+            self.sent = self.loop.time()
+            comment = {"type": "http.response.body", "body": COMMENT, "more_body": True}
+            sending = asyncio.ensure_future(self._send(comment))
+            self._sending.add(sending)
+            sending.add_done_callback(self._sending.discard)
+        self._timer = self.loop.call_at(self.sent + self._seconds, self._look)
+
+    async def end(self) -> None:
+        """Send no more."""
+        self._timer.cancel()
+        for sending in self._sending:
+            sending.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
 
 
 class HungUp(Exception):  # noqa: N818 - what a caller did, not a fault
