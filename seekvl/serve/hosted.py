@@ -100,8 +100,8 @@ async def _create(request: Request, body: PredictionRequest, *, model: str) -> R
     desk, base = desk_of(request), base_of(request)
     seconds = wait_seconds(request.headers.get("prefer", ""))
     run = await begin(request, body, model=model, desk=desk, waits=seconds is not None)
-    if seconds is None:
-        return JSONResponse(run.prediction.told(base), status_code=201)
+    if seconds is None:  # as it was begun, however far it has come since
+        return JSONResponse(run.prediction.told_starting(base), status_code=201)
     async with until_disconnected(request):
         try:
             over = await run.wait(seconds=seconds)
