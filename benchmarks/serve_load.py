@@ -26,6 +26,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import socket
 import statistics
 import subprocess
@@ -119,6 +120,7 @@ class Load:
 
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends, too
     torch.set_num_threads(args.threads)
     vlm, neighbours = seekvl.load(args.model, device="cpu"), Neighbours()
     before = engine_alone(vlm, args=args)

@@ -495,7 +495,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
-        """Tell askers in the end, however it comes, and with no lock held."""
+        """Tell askers in the end, however it comes, when the state is free again."""
         try:
             yield
         finally:
