@@ -1,11 +1,16 @@
 """Many streaming clients at once on one server: errors, fairness, memory, and what serving costs.
 
 The server is a process of its own, as `seekvl serve` starts it; its clients share the machine with it. Each
-client, with a key of its own, asks one question after the other about one of the pictures in examples/, or
-about none, and reads its stream to the end. Then the same questions go to the engine alone, as many at once,
-prepared beforehand: what is missing from its tokens/s is what preparing, serving and the clients cost. Last,
-in a server within this process, a few clients keep the engine busy while others are timed: from the engine's
-first token to the first byte of it that the client reads.
+client, with a key and a connection of its own, asks one question after the other about one of the pictures in
+examples/, or about none, and reads its stream to the end.
+
+Overhead: the same questions go to the engine alone, with as many threads, as many at once and answers of the
+same lengths, prepared beforehand and in this process, once before the server runs and once after. What is
+missing from its tokens/s is what preparing, serving and the clients cost together; seconds of CPU say how
+much of it each took. Clients take little: they wait for sockets, and look at the end of what they read.
+
+Last, in a server within this process, a few clients keep the engine busy while others are timed: from the
+engine's first token to the first byte of it that the client reads.
 
 Memory of the server is read once a second. The first quarter is for warming up; the median of the last
 quarter may be above that of the second by 2 %. The program ends with 1 where an error came that is not
@@ -19,6 +24,9 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
+import selectors
+import signal
 import socket
 import statistics
 import subprocess
@@ -36,6 +44,7 @@ import torch
 import seekvl
 from seekvl.engine.handle import Handle
 from seekvl.engine.request import Request, SamplingParams
+from seekvl.evals.machine import TICKS, Neighbours, processor
 from seekvl.serve.app import create_app
 from seekvl.serve.chat import NO_END
 from seekvl.serve.run import Server, server_config
@@ -57,13 +66,26 @@ FAIR = 0.5
 BOUND = 0.020
 """Seconds that the first byte may come after the first token."""
 START_SECONDS = 300.0
+PAUSE = 0.5
+"""Seconds that a client rests when it was refused."""
+SILENCE = 120.0
+"""Seconds without a byte for anybody, after which the server counts as hung."""
+TAIL = 1000
+"""Bytes that are kept of a stream: its last events have less."""
 
 
 @dataclass(slots=True)
 class Client:
-    """What one client got."""
+    """One client: its connection, the answer it reads, and what it got so far."""
 
     number: int
+    asked: int = 0
+    """Questions so far."""
+    connection: socket.socket | None = None
+    head: bytes = b""
+    """The first line of the answer, as far as it has come."""
+    tail: bytes = b""
+    """The end of what was read of the answer."""
     tokens: int = 0
     ended: Counter[str] = field(default_factory=Counter)
 
@@ -74,8 +96,16 @@ class Load:
 
     clients: list[Client]
     seconds: float
+    server_cpu: float
+    """Seconds of CPU that the server took."""
+    clients_cpu: float
     memory: list[float] = field(default_factory=list)
     """Resident memory of the server, GiB, once a second."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(client.tokens for client in self.clients)
 
     @property
     def ended(self) -> Counter[str]:
@@ -90,12 +120,15 @@ class Load:
 
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends, too
     torch.set_num_threads(args.threads)
+    vlm, neighbours = seekvl.load(args.model, device="cpu"), Neighbours()
+    before = engine_alone(vlm, args=args)
     with started(args) as (port, process):
-        load = asyncio.run(drive(port, process.pid, args=args))
-    vlm = seekvl.load(args.model, device="cpu")
-    alone = engine_alone(vlm, args=args)
+        load = drive(port, process.pid, args=args)
+    alone = (before, engine_alone(vlm, args=args))
     delays = first_bytes(vlm, args=args)
+    print(f"{processor()}; cores busy with other work: {neighbours.cores():.2f} on average")
     sys.exit(report(load, alone=alone, delays=delays, args=args))
 
 
@@ -105,7 +138,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="seekvl-nano", help="a bundled model, or a folder")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long the clients ask")
-    parser.add_argument("--alone", type=float, default=20.0, help="seconds for the engine alone")
+    parser.add_argument("--alone", type=float, default=20.0, help="seconds for the engine alone, twice")
     parser.add_argument("--clients", type=int, default=64, help="streams at once")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--probes", type=int, default=40, help="streams whose first byte is timed")
@@ -196,26 +229,97 @@ def request_of(body: dict[str, Any], *, key: str) -> bytes:
         f"authorization: Bearer {key}",
         "content-type: application/json",
         f"content-length: {len(text)}",
-        "connection: close",
     )
     return "\r\n".join((*head, "", "")).encode() + text
 
 
-async def drive(port: int, process: int, *, args: argparse.Namespace) -> Load:
-    """Let all clients ask until the time is over."""
+def drive(port: int, process: int, *, args: argparse.Namespace) -> Load:
+    """Let all clients ask until the time is over, and read their last answers."""
     name = model_name(args.model)
     requests = [
         request_of(body_of(n, model=name, tokens=args.tokens), key="KEY") for n in range(len(QUESTIONS))
     ]
-    clients = [Client(number) for number in range(args.clients)]
-    began = time.monotonic()
-    until = began + 60 * args.minutes
-    watching = asyncio.create_task(watch_memory(process))
-    await asyncio.gather(*(live(client, port, requests, until=until) for client in clients))
+    clients, resting = [Client(number) for number in range(args.clients)], dict[int, float]()
+    memory, spent, own = list[float](), cpu_seconds(process), time.process_time()
+    began = heard = time.monotonic()
+    until, waiting = began + 60 * args.minutes, set(range(args.clients))
+    with selectors.DefaultSelector() as selector:
+        for client in clients:
+            ask(client, port, requests, selector=selector)
+        while waiting or resting:
+            for key, _ in selector.select(timeout=PAUSE):
+                heard = time.monotonic()
+                outcome = read(key.data, selector=selector)
+                if outcome is None:
+                    continue
+                waiting.discard(key.data.number)
+                if heard < until:
+                    resting[key.data.number] = heard + (0.0 if outcome == "200" else PAUSE)
+            now = time.monotonic()
+            if now > heard + SILENCE:
+                raise SystemExit(
+                    f"the server has said nothing for {SILENCE:g} s; {len(waiting)} clients wait"
+                )
+            for number in [number for number, end in resting.items() if end <= now]:
+                del resting[number]
+                ask(clients[number], port, requests, selector=selector)
+                waiting.add(number)
+            if len(memory) < now - began:
+                memory.append(resident(process))
     seconds = time.monotonic() - began
-    watching.cancel()
-    memory = (await asyncio.gather(watching, return_exceptions=True))[0]
-    return Load(clients, seconds, memory if isinstance(memory, list) else [])
+    return Load(clients, seconds, cpu_seconds(process) - spent, time.process_time() - own, memory)
+
+
+def ask(client: Client, port: int, requests: Sequence[bytes], *, selector: selectors.BaseSelector) -> None:
+    """Send the next question of a client, over the connection that it has."""
+    if client.connection is None:
+        client.connection = socket.create_connection(("127.0.0.1", port), timeout=SILENCE)
+        selector.register(client.connection, selectors.EVENT_READ, client)
+    request = requests[(client.number + client.asked) % len(requests)]
+    client.asked, client.head, client.tail = client.asked + 1, b"", b""
+    client.connection.sendall(request.replace(b"KEY", b"client-%d" % client.number, 1))
+
+
+def read(client: Client, *, selector: selectors.BaseSelector) -> str | None:
+    """Read what has come for a client; return what became of its question, None while it goes on."""
+    assert client.connection is not None
+    try:
+        data = client.connection.recv(2**18)
+    except OSError:
+        data = b""
+    if b"\n" not in client.head:
+        client.head = (client.head + data)[:100]
+    client.tail = (client.tail + data)[-TAIL:]
+    if data and not client.tail.endswith(b"\r\n0\r\n\r\n") and not refused(client.head):
+        return None
+    whole = b"\ndata: [DONE]\n" in client.tail
+    outcome = "200" if whole else client.head.split()[1].decode() if refused(client.head) else "broken"
+    if whole:
+        client.tokens += int(client.tail.rpartition(b'"completion_tokens": ')[2].partition(b",")[0])
+    else:  # whatever is left of it is not read
+        selector.unregister(client.connection)
+        client.connection.close()
+        client.connection = None
+    client.ended[outcome] += 1
+    return outcome
+
+
+def refused(head: bytes) -> bool:
+    """Whether the first line of an answer is there and says that there will be no stream."""
+    return b"\n" in head and head.split()[1:2] != [b"200"]
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the seconds of CPU that a process has taken, with all its threads."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def resident(process: int) -> float:
+    """Return the resident memory of a process, GiB."""
+    status = Path(f"/proc/{process}/status").read_text().splitlines()
+    line = next(line for line in status if line.startswith("VmRSS:"))
+    return int(line.split()[1]) / 2**20
 
 
 def model_name(model: str) -> str:
@@ -223,55 +327,10 @@ def model_name(model: str) -> str:
     return Settings(model=model).model_name
 
 
-async def watch_memory(process: int) -> list[float]:
-    """Read the memory of the server once a second, until cancelled."""
-    found: list[float] = []
-    status = Path(f"/proc/{process}/status")
-    try:
-        while status.exists():
-            line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
-            found.append(int(line.split()[1]) / 2**20)
-            await asyncio.sleep(1)
-    except asyncio.CancelledError:
-        return found
-    return found
-
-
-async def live(client: Client, port: int, requests: Sequence[bytes], *, until: float) -> None:
-    """Ask one question after the other."""
-    number = client.number
-    while time.monotonic() < until:
-        request = requests[number % len(requests)].replace(b"KEY", b"client-%d" % client.number, 1)
-        outcome, tokens = await ask(port, request)
-        client.ended[outcome] += 1
-        client.tokens += tokens
-        number += 1
-        if outcome != "200":
-            await asyncio.sleep(0.5)
-
-
-async def ask(port: int, request: bytes) -> tuple[str, int]:
-    """Ask once; return what became of it, and the tokens of the answer."""
-    try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
-        writer.write(request)
-        status = (await reader.readline()).decode().split()[1]
-        usage, ended = b"", False
-        while line := await reader.readline():
-            if line.startswith(b"data: "):
-                ended = line.startswith(b"data: [DONE]")
-                usage = usage if ended else line
-        writer.close()
-    except (OSError, IndexError):
-        return "broken", 0
-    if status != "200":
-        return status, 0
-    return ("200", json.loads(usage[6:])["usage"]["completion_tokens"]) if ended else ("broken", 0)
-
-
 def engine_alone(vlm: seekvl.VLM, *, args: argparse.Namespace) -> float:
     """Return tokens/s of the engine where nobody serves: as many answers at once, prepared beforehand."""
     params = SamplingParams(max_new_tokens=args.tokens)
+    vlm.processor.remember(2**27)  # as a server does, so that fingerprints of pictures are there
     prepared: list[Request] = []
     for name, question in QUESTIONS:
         content: list[dict[str, object]] = [{"type": "text", "text": question}]
@@ -279,24 +338,25 @@ def engine_alone(vlm: seekvl.VLM, *, args: argparse.Namespace) -> float:
             content.insert(0, {"type": "image", "image": EXAMPLES / name})
         asked = vlm.prepare([{"role": "user", "content": content}], params)
         prepared.append(replace(asked, end_id=NO_END))
-    left: list[Handle] = []
+    left, told = set[Handle](), list[Handle]()
     number = tokens = 0
     began = time.monotonic()
     while time.monotonic() < began + args.alone:
         while len(left) < args.clients:
-            left.append(
-                vlm.engine.submit(prepared[number % len(prepared)], client=str(number % args.clients))
-            )
+            request, client = prepared[number % len(prepared)], str(number % args.clients)
+            left.add(vlm.engine.submit(request, client=client, notify=told.extend))
             number += 1
         vlm.engine.step()
-        for handle in list(left):
+        for handle in told:
             while (piece := handle.poll()) is not None:
                 tokens += piece.token_id is not None
                 if piece.completion is not None:
-                    left.remove(handle)
+                    left.discard(handle)
+        told.clear()
+    seconds = time.monotonic() - began
     for handle in left:
         handle.cancel()
-    return tokens / (time.monotonic() - began)
+    return tokens / seconds
 
 
 def first_bytes(vlm: seekvl.VLM, *, args: argparse.Namespace) -> list[float]:
@@ -309,28 +369,33 @@ def first_bytes(vlm: seekvl.VLM, *, args: argparse.Namespace) -> list[float]:
     try:
         while asyncio.run(status_of(settings.port, "/ready")) != "200":
             time.sleep(0.05)
-        tokens = note_first_tokens(vlm)
-        reads = asyncio.run(probe(settings, args=args))
+        with noted_first_tokens(vlm) as (handles, tokens):
+            reads = asyncio.run(probe(settings, args=args))
     finally:
         server.should_exit = True
         thread.join(60)
-    return [read - tokens[key] for key, read in reads.items()]
+    return [read - tokens[handles[key]] for key, read in reads.items()]
 
 
-def note_first_tokens(vlm: seekvl.VLM) -> dict[str, float]:
-    """Let the engine take down when each client's first token came."""
-    seen: dict[str, float] = {}
-    submit = vlm.engine.submit
+@contextlib.contextmanager
+def noted_first_tokens(vlm: seekvl.VLM) -> Iterator[tuple[dict[str, Handle], dict[Handle, float]]]:
+    """Let the engine take down the handle of each client, and when the first token of each handle came."""
+    handles, tokens = dict[str, Handle](), dict[Handle, float]()
+    submit, put = vlm.engine.submit, Handle.put
 
-    def noted(request: Request, *, client: str = "", notify: Any = None, **more: Any) -> Handle:
-        def told() -> None:
-            seen.setdefault(client, time.monotonic())
-            notify()
+    def noted(request: Request, *, client: str = "", **more: Any) -> Handle:
+        handles[client] = submit(request, client=client, **more)
+        return handles[client]
 
-        return submit(request, client=client, notify=told, **more)
+    def come(handle: Handle, item: Any) -> None:
+        tokens.setdefault(handle, time.monotonic())
+        put(handle, item)
 
-    vlm.engine.submit = noted  # type: ignore[method-assign]
-    return seen
+    vlm.engine.submit, Handle.put = noted, come  # type: ignore[method-assign]
+    try:
+        yield handles, tokens
+    finally:
+        Handle.put = put  # type: ignore[method-assign]
 
 
 async def probe(settings: Settings, *, args: argparse.Namespace) -> dict[str, float]:
@@ -339,10 +404,13 @@ async def probe(settings: Settings, *, args: argparse.Namespace) -> dict[str, fl
     requests = [
         request_of(body_of(n, model=name, tokens=args.tokens), key="KEY") for n in range(len(QUESTIONS))
     ]
-    busy = [
-        asyncio.create_task(live(Client(number), settings.port, requests, until=float("inf")))
-        for number in range(3)
-    ]
+
+    async def ask_on(number: int) -> None:
+        while True:
+            await first_byte(settings.port, requests[number % len(requests)])
+            number += 1
+
+    busy = [asyncio.create_task(ask_on(number)) for number in range(3)]
     for number in range(args.probes):
         key = f"probe-{number}"
         request = request_of(body_of(number, model=name, tokens=4), key=key)
@@ -358,17 +426,17 @@ async def first_byte(port: int, request: bytes) -> float:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
     came = 0.0
-    while line := await reader.readline():
+    while (line := await reader.readline()) and not line.startswith(b"data: [DONE]"):
         if not came and b'"delta": {"content"' in line:
             came = time.monotonic()
     writer.close()
     return came or time.monotonic()
 
 
-def report(load: Load, *, alone: float, delays: Sequence[float], args: argparse.Namespace) -> int:
+def report(load: Load, *, alone: Sequence[float], delays: Sequence[float], args: argparse.Namespace) -> int:
     """Print what was found; return the exit status."""
     rates, ended = load.rates, load.ended
-    served, median = sum(rates), statistics.median(rates)
+    served, median, engine = sum(rates), statistics.median(rates), statistics.mean(alone)
     quarter = len(load.memory) // 4
     early = statistics.median(load.memory[quarter : 2 * quarter] or load.memory or [0.0])
     late = statistics.median(load.memory[-quarter:] or [0.0])
@@ -377,7 +445,15 @@ def report(load: Load, *, alone: float, delays: Sequence[float], args: argparse.
     print(f"{args.model}: {args.clients} clients for {load.seconds:.0f} s, answers of {args.tokens} tokens")
     for name, count in sorted(ended.items()):
         print(f"  {name:<10}{count:>10,}")
-    print(f"tokens/s: server {served:,.1f}, engine alone {alone:,.1f} ({served / alone:.1%})")
+    print(
+        f"tokens/s, {args.threads} threads: server {served:,.1f}, engine alone {engine:,.1f} "
+        f"({', '.join(f'{rate:,.1f}' for rate in alone)}): {served / engine:.1%}"
+    )
+    for name, seconds in (("server", load.server_cpu), ("clients", load.clients_cpu)):
+        print(
+            f"CPU of the {name}: {seconds / load.seconds:.2f} of {os.cpu_count()} cores, "
+            f"{1e6 * seconds / max(1, load.tokens):,.0f} microseconds a token"
+        )
     print(f"slowest client: {rates[0]:.2f} tokens/s, {fair:.1%} of the median")
     print(f"memory of the server, second and last quarter: {early:.3f} and {late:.3f} GiB ({growth:+.2%})")
     slow = sorted(delays)[int(0.95 * (len(delays) - 1))]
@@ -386,7 +462,7 @@ def report(load: Load, *, alone: float, delays: Sequence[float], args: argparse.
     )
     if args.json:
         print(
-            json.dumps(figures(served, alone, rates, (early, late), slow) | {"errors": undeclared, **ended})
+            json.dumps(figures(served, engine, rates, (early, late), slow) | {"errors": undeclared, **ended})
         )
     return int(undeclared > 0 or fair < FAIR or growth > GROWTH)
 

@@ -8,24 +8,24 @@ server needs it.
 Letters: n rows of a step, v vocabulary.
 """
 
+import contextlib
 import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from seekvl.engine.budget import choose_limits
-from seekvl.engine.handle import DeadlinePassed, EngineStopped, Handle
+from seekvl.engine.handle import DeadlinePassed, EngineStopped, Handle, Notify
 from seekvl.engine.pictures import picture_digests, picture_places
 from seekvl.engine.prompt import Prompt, Shown, make_prompt
 from seekvl.engine.request import Piece, Request
 from seekvl.engine.row import Row, start_row
 from seekvl.engine.runner import Runner
-from seekvl.engine.sampler import choose, likelihood
+from seekvl.engine.sampler import Peak, choose, likelihood, peaks
 from seekvl.engine.scheduler import Encode, Fill, Job, Limits, Placement, Plan, QueueFull, Scheduler
 from seekvl.models.vl2 import AnyVL
 from seekvl.processing.encode import ModelInput
@@ -94,6 +94,8 @@ class Engine:
         """Held for moments, around the scheduler and the fields here; told when work comes or ends."""
         self._counts: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
+        self._told: dict[Handle, None] = {}
+        """Those that something has come for and whose asker was not told yet, in order."""
         self._cancelled = False
         self._submitted = False
         self._closed = False
@@ -106,14 +108,15 @@ class Engine:
         *,
         client: str = "",
         deadline: float | None = None,
-        notify: Callable[[], None] | None = None,
+        notify: Notify | None = None,
     ) -> Handle:
         """Take a request in; return the handle of its answer.
 
         client: whose it is; clients take turns, see `engine.scheduler`. deadline: seconds from now, within
         which it must be let in, or it fails with DeadlinePassed; an answer that has begun ends as "cancelled"
-        then. notify: called by whoever makes the steps when a piece has come, so that an event loop need not
-        wait in a thread; it must return at once and not raise.
+        then. notify: called with the handles that something has come for, so that an event loop need not wait
+        in a thread; by whoever makes the steps, once for all handles that bear it, after a step's prompt and
+        after its answers. It must return at once and not raise.
 
         Raises SeekVLError for a prompt that leaves no room for an answer, QueueFull beyond the limit,
         EngineStopped when the engine is closed.
@@ -138,7 +141,7 @@ class Engine:
 
     def step(self) -> bool:
         """Make one step for all that are under way; False when there was nothing to do."""
-        with self._driving:
+        with self._telling(), self._driving:
             with self._state:
                 self._sweep()
                 self._forget_stale()
@@ -193,7 +196,7 @@ class Engine:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
-        with self._driving, self._state:
+        with self._telling(), self._driving, self._state:
             self._thread = None
             self._sweep()
 
@@ -240,7 +243,7 @@ class Engine:
         *,
         client: str = "",
         deadline: float | None = None,
-        notify: Callable[[], None] | None = None,
+        notify: Notify | None = None,
     ) -> Handle:
         """Let a row wait for its slot."""
         job = Job(
@@ -310,12 +313,13 @@ class Engine:
                         self._state.wait_for(lambda: self._closed or not self._scheduler.idle)
         except BaseException as error:
             log.exception("the engine's thread died")
-            with self._driving:
-                self._collapse(error)
-            with self._state:
-                self._failure = error
-                for job in list(self._tasks):  # not the error itself, which may be one that ends programs
-                    self._fail(job, EngineStopped(f"the engine broke: {error!r}"))
+            with self._telling():
+                with self._driving:
+                    self._collapse(error)
+                with self._state:
+                    self._failure = error
+                    for job in list(self._tasks):  # not the error itself, which may be one that ends programs
+                        self._fail(job, EngineStopped(f"the engine broke: {error!r}"))
 
     def _do(self, plan: Plan) -> None:
         """Do what was planned. What fails takes only those with it whose work it was."""
@@ -332,6 +336,7 @@ class Engine:
                 self._encode(plan.work) if isinstance(plan.work, Encode) else self._fill(plan.work)
             except Exception as error:
                 self._fail(job, error)
+            self._tell()  # a first token need not wait for the others' next ones
         if plan.decode:
             try:
                 self._decode(plan.decode)
@@ -372,7 +377,7 @@ class Engine:
         with self._state:
             self._scheduler.filled(work)
         if logits is not None:
-            self._extend(job, logits[None], fed=[])
+            self._extend(job, [logits], peaks(logits[None]), fed=[])
 
     def _decode(self, jobs: Sequence[Job]) -> None:
         """Feed each answer its last token, and those that are guessed to follow."""
@@ -384,13 +389,15 @@ class Engine:
             [token for tokens in fed for token in tokens],
             held={slot: self._scheduler.held(job) for slot, job in zip(slots, jobs, strict=True)},
         )  # n v
+        parts, found = logits.unbind(), peaks(logits)
         seconds = time.perf_counter() - began
         for job in jobs:
             self._tasks[job][0].clock.decode += seconds
-        parts = torch.split(logits, [len(tokens) for tokens in fed])
-        for job, tokens, rows in zip(jobs, fed, parts, strict=True):
+        start = 0
+        for job, tokens in zip(jobs, fed, strict=True):
+            rows = slice(start, start := start + len(tokens))
             try:
-                self._extend(job, rows, fed=tokens)
+                self._extend(job, parts[rows], found[rows], fed=tokens)
             except Exception as error:
                 self._fail(job, error)
 
@@ -404,14 +411,19 @@ class Engine:
             fed.append([row.last, *guess])
         return fed
 
-    def _extend(self, job: Job, logits: Tensor, *, fed: Sequence[int]) -> None:
-        """Choose tokens from the logits f32[n, v] after those that were fed, as far as these were right."""
+    def _extend(
+        self, job: Job, logits: Sequence[Tensor], found: Sequence[Peak], *, fed: Sequence[int]
+    ) -> None:
+        """Choose tokens from the logits f32[v] after each one that was fed, as far as these were right.
+
+        found: the peaks of the logits.
+        """
         row, _ = self._tasks[job]
         pieces: list[Piece] = []
         while not row.done:
             began = time.perf_counter()
             scores, most = logits[len(pieces)], row.request.params.logprobs
-            (token,) = choose(scores[None], [row.sampler])
+            token = choose(scores, row.sampler, peak=found[len(pieces)])
             told = None if most is None else likelihood(scores, token, most=most)
             row.clock.decode += time.perf_counter() - began
             pieces.append(row.take(token, likelihood=told))
@@ -420,8 +432,9 @@ class Engine:
         guessed, right = max(0, len(fed) - 1), len(pieces) - 1
         row.guesser.judge(guessed=guessed, right=right)
         with self._state:
-            self._counts.update(generated=sum(piece.token_id is not None for piece in pieces))
-            self._counts.update(guessed=guessed, right=right)
+            self._counts["generated"] += sum(piece.token_id is not None for piece in pieces)
+            self._counts["guessed"] += guessed
+            self._counts["right"] += right
             self._scheduler.fed(job, fed[: len(pieces)])
             for piece in pieces:
                 self._deliver(job, piece)
@@ -434,7 +447,7 @@ class Engine:
             self._ended[piece.completion.finish_reason] += 1
             del self._tasks[job]
             self._state.notify_all()
-        handle.put(piece)
+        self._put(handle, piece)
 
     def _fail(self, job: Job, error: BaseException, *, kind: str = "failed") -> None:
         """End a job with an error. Its slot is emptied: what it computed may be worth nothing."""
@@ -447,7 +460,7 @@ class Engine:
             self._scheduler.end(job, keep=False)
             self._ended[kind] += 1
             self._state.notify_all()
-            handle.put(error)
+            self._put(handle, error)
 
     def _collapse(self, error: BaseException) -> None:
         """Fail all that have a slot and begin with an empty cache: a step broke off with half of it done."""
@@ -457,9 +470,36 @@ class Engine:
                 _, handle = self._tasks.pop(job)
                 self._scheduler.end(job, keep=False)
                 self._ended["failed"] += 1
-                handle.put(EngineStopped(f"a step broke off: {error!r}"))
+                self._put(handle, EngineStopped(f"a step broke off: {error!r}"))
             self._scheduler.reset()
             self._state.notify_all()
+
+    def _put(self, handle: Handle, item: Piece | BaseException) -> None:
+        """Add what comes next for a handle; its asker is told by `_tell`."""
+        handle.put(item)
+        if handle.notify is not None:
+            self._told[handle] = None
+
+    def _tell(self) -> None:
+        """Tell askers what has come: each once, for a wake-up costs more than a token's other work here."""
+        if not self._told:
+            return
+        with self._state:
+            told, self._told = self._told, {}
+        groups: dict[Notify, list[Handle]] = {}
+        for handle in told:
+            if handle.notify is not None:
+                groups.setdefault(handle.notify, []).append(handle)
+        for notify, handles in groups.items():
+            notify(handles)
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell askers in the end, however it comes, when the state is free again."""
+        try:
+            yield
+        finally:
+            self._tell()
 
     def _let_in(self, placement: Placement) -> None:
         """Take down what a request brings and finds."""
@@ -470,7 +510,7 @@ class Engine:
 
     def _cancel(self, job: Job) -> None:
         """Mark a job to end; end it at once where nobody is at work on it."""
-        with self._state:
+        with self._telling(), self._state:
             if job not in self._tasks:
                 return
             row, _ = self._tasks[job]
@@ -484,7 +524,7 @@ class Engine:
         """End what was cancelled, unless a step is under way: who makes it will look when it is done."""
         while self._cancelled and self._driving.acquire(blocking=False):
             try:
-                with self._state:
+                with self._telling(), self._state:
                     self._sweep()
             finally:
                 self._driving.release()

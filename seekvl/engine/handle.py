@@ -1,8 +1,8 @@
 """An answer as its asker holds it: pieces that come, a way to stop them, and what may come instead."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from seekvl.engine.request import Completion, Piece
 from seekvl.engine.scheduler import Job
@@ -10,6 +10,13 @@ from seekvl.runtime import SeekVLError
 
 if TYPE_CHECKING:
     from seekvl.engine.engine import Engine
+
+
+class Notify(Protocol):
+    """Whom the engine tells that something has come."""
+
+    def __call__(self, handles: Sequence["Handle"], /) -> None:
+        """Take the handles that it has come for."""
 
 
 class EngineStopped(RuntimeError):  # noqa: N818 - a state, which a server answers with "not ready"
@@ -28,8 +35,10 @@ class Handle:
     for one thread; `cancel` may be called from any.
     """
 
-    def __init__(self, engine: "Engine", job: Job, *, notify: Callable[[], None] | None = None) -> None:
-        self._engine, self._job, self._notify = engine, job, notify
+    def __init__(self, engine: "Engine", job: Job, *, notify: Notify | None = None) -> None:
+        self.notify = notify
+        """Whom the engine tells when something has come, if anybody."""
+        self._engine, self._job = engine, job
         self._arrived: SimpleQueue[Piece | BaseException] = SimpleQueue()
         self._next: Piece | BaseException | None = None
         self._over = False
@@ -66,6 +75,8 @@ class Handle:
     def wait(self, *, seconds: float | None = None) -> bool:
         """Return whether a piece is there, within so many seconds; None waits as long as it takes."""
         if self._next is None:
+            if seconds == 0.0 and self._arrived.empty():
+                return False
             try:
                 self._next = self._arrived.get(block=seconds != 0.0, timeout=seconds)
             except Empty:
@@ -93,5 +104,3 @@ class Handle:
     def put(self, item: Piece | BaseException) -> None:
         """Add what comes next, an error at last; the engine calls it."""
         self._arrived.put(item)
-        if self._notify is not None:
-            self._notify()

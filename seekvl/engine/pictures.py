@@ -3,8 +3,6 @@
 Letters: s slots of a picture, d language width.
 """
 
-import hashlib
-from collections import OrderedDict
 from itertools import accumulate
 
 import torch
@@ -12,7 +10,8 @@ from torch import Tensor
 
 from seekvl.models.vl import VL
 from seekvl.models.vl2 import AnyVL
-from seekvl.processing.encode import ModelInput
+from seekvl.processing.encode import ModelInput, fingerprint
+from seekvl.processing.recent import Recent
 from seekvl.processing.tile_image import tile_count
 
 
@@ -34,19 +33,20 @@ def picture_tiles(inputs: ModelInput) -> list[slice]:
 
 
 def picture_digests(inputs: ModelInput) -> list[bytes]:
-    """Return a fingerprint of each picture: its pixels, over all its tiles, its grid, and how they are
-    scaled.
-    """
+    """Return the fingerprint of each picture, as the processor knew it or made now."""
+    if inputs.digests is not None:
+        return list(inputs.digests)
     digests = []
     for index, tiles in enumerate(picture_tiles(inputs)):
         assert inputs.pixels is not None
-        state = hashlib.blake2b(inputs.pixels[tiles].numpy().tobytes(), digest_size=16)
-        if inputs.low_pixels is not None:
-            state.update(inputs.low_pixels[tiles].numpy().tobytes())
-        if inputs.grids is not None:
-            state.update(repr(inputs.grids[index]).encode())
-        state.update(bytes([inputs.normalized]))
-        digests.append(state.digest())
+        digests.append(
+            fingerprint(
+                inputs.pixels[tiles],
+                low_pixels=None if inputs.low_pixels is None else inputs.low_pixels[tiles],
+                grid=None if inputs.grids is None else inputs.grids[index],
+                normalized=inputs.normalized,
+            )
+        )
     return digests
 
 
@@ -69,41 +69,31 @@ def encode_picture(model: AnyVL, inputs: ModelInput, *, index: int, chunk: int |
 
 
 class Features:
-    """Features of pictures by fingerprint, up to so many bytes; what was not used for longest goes first."""
+    """Features of pictures by fingerprint, up to so many bytes."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.nbytes = 0
         self.queries = 0
         """How often features were asked for."""
         self.hits = 0
         """How often they were there."""
-        self._held: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._held = Recent[bytes, Tensor](limit)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that are held."""
+        return self._held.nbytes
 
     def get(self, digest: bytes) -> Tensor | None:
         """Return the rows f[s, d] of a picture, if they are here."""
         self.queries += 1
         found = self._held.get(digest)
-        if found is not None:
-            self.hits += 1
-            self._held.move_to_end(digest)
+        self.hits += found is not None
         return found
 
     def put(self, digest: bytes, rows: Tensor) -> None:
         """Keep the rows of a picture, unless they alone exceed the limit."""
-        if rows.nbytes > self.limit:
-            return
-        self._drop(digest)
-        self._held[digest] = rows
-        self.nbytes += rows.nbytes
-        while self.nbytes > self.limit:
-            self._drop(next(iter(self._held)))
+        self._held.put(digest, rows, size=rows.nbytes)
 
     def clear(self) -> None:
         """Forget all features; the counts stay."""
         self._held.clear()
-        self.nbytes = 0
-
-    def _drop(self, digest: bytes) -> None:
-        rows = self._held.pop(digest, None)
-        self.nbytes -= 0 if rows is None else rows.nbytes

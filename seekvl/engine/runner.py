@@ -40,6 +40,7 @@ class Runner:
         """What decodes on a GPU; None where `forward.step` does."""
         self._tiles = tiles_at_once(model)
         self._mark = self._look()
+        self._together: int | None = None
 
     def spare(self, rows: int) -> int:
         """Return how many guessed tokens a step may take beside one token for each of so many rows."""
@@ -62,10 +63,6 @@ class Runner:
             self._static = static_decoder(self.model)
         return changed
 
-    def _exact_rows(self) -> int:
-        """Return how many tokens one step may have so that each gets the numbers it would get alone."""
-        return 1 if self._static is not None else exact_rows(self.model, self.cache)
-
     def _look(self) -> tuple[int, bool]:
         """Return what everything kept depends on: the weights, and who computes prompts."""
         return weights_mark(self.model), self.seamless()
@@ -75,9 +72,19 @@ class Runner:
         self.cache = _new_cache(self.model)
         if self._static is not None:
             self._static.forget()
+        self._together = None
+
+    def _exact_rows(self) -> int:
+        """Return how many tokens of the step at hand may go through the network together; asked once a step,
+        for the answer takes as long as the rest of what a small network's step does in Python.
+        """
+        if self._together is None:
+            self._together = 1 if self._static is not None else exact_rows(self.model, self.cache)
+        return self._together
 
     def prepare(self, plan: Plan) -> None:
-        """Give the cache the shape of a plan, and a job that begins its slot."""
+        """Begin a step: give the cache the shape of a plan, and a job that begins its slot."""
+        self._together = None
         rows, capacity = plan.rows, plan.capacity
         if self._static is not None:
             rows, capacity = roomy(rows, capacity, longest=self.cache.limit, tokens=self.tokens)

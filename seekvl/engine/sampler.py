@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,28 +42,34 @@ class Sampler:
             self.generator = torch_generator(self.params.seed, "sampling")
 
 
-def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """Choose the next token of each row of logits f32[n, v].
+class Peak(NamedTuple):
+    """The largest logit of a row, and its token."""
+
+    logit: float
+    token: int
+
+
+def peaks(logits: Tensor) -> list[Peak]:
+    """Return the peak of each row of logits f32[n, v]: of all rows of a step at once, which costs as one."""
+    logit, token = logits.max(dim=-1)
+    return list(map(Peak, logit.tolist(), token.tolist()))
+
+
+def choose(logits: Tensor, sampler: Sampler, *, peak: Peak | None = None) -> int:
+    """Choose the next token from logits f32[v]. peak: theirs, where it was found beforehand.
 
     Raises SeekVLError for logits that are not finite.
     """
-    peaks, likeliest = logits.max(dim=-1)
-    for row, peak in enumerate(peaks.tolist()):
-        if not math.isfinite(peak):
-            raise SeekVLError(
-                f"logits for token {len(samplers[row].generated) + 1} of row {row} are not finite: {peak}; "
-                "check the weights with `seekvl verify`, or do not compute in float16"
-            )
-    tokens = likeliest.tolist()
-    return [
-        token if sampler.params.plain_greedy else choose_one(logits[row], sampler)
-        for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True))
-    ]
-
-
-def choose_one(logits: Tensor, sampler: Sampler) -> int:
-    """Choose the next token from logits f32[v]."""
+    if peak is None:
+        (peak,) = peaks(logits[None])
+    if not math.isfinite(peak.logit):
+        raise SeekVLError(
+            f"logits for token {len(sampler.generated) + 1} are not finite: {peak.logit}; "
+            "check the weights with `seekvl verify`, or do not compute in float16"
+        )
     params, constraint, scores = sampler.params, sampler.constraint, logits
+    if params.plain_greedy:
+        return peak.token
     if constraint is None or not constraint.exempt:
         seen = sampler.prompt.union(sampler.generated)
         scores = penalise(logits, seen, penalty=params.repetition_penalty)

@@ -4,9 +4,11 @@ Letters: t tokens, n pictures, k tiles of all pictures, S side of a picture or t
 low-resolution picture in px.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from PIL import Image
@@ -17,6 +19,7 @@ from seekvl.processing.choices import Preprocessing
 from seekvl.processing.conversation import Conversation, Picture, Source, parse_messages
 from seekvl.processing.pad_image import PadImageConfig, check_mode, prepare_picture, upright
 from seekvl.processing.picture import DEFAULT_LIMITS, PictureLimits, open_picture
+from seekvl.processing.recent import Recent
 from seekvl.processing.template import Piece, Template, prompt_text, render
 from seekvl.processing.tile_image import (
     WHOLE,
@@ -70,6 +73,8 @@ class ModelInput:
     """What it costs."""
     grids: tuple[Grid, ...] | None = None
     """Columns and rows of local tiles of each picture; None in DeepSeek-VL, which has no tiles."""
+    digests: tuple[bytes, ...] | None = None
+    """The fingerprint of each picture, where the processor remembers pictures; else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,17 @@ class _Seen:
     """Width and height of the original in px, as oriented."""
     grid: Grid
     """Columns and rows of its local tiles."""
+    digest: bytes | None = None
+    """Its fingerprint, where it is remembered."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pixels."""
+        return self.pixels.nbytes + (0 if self.low_pixels is None else self.low_pixels.nbytes)
+
+
+_Shown: TypeAlias = tuple[int, str, int, int | None]
+"""Identity of a picture, its detail, how many there are, most tiles: what its pixels depend on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +146,22 @@ class Processor:
         self.max_tokens = max_tokens
         self.max_tiles = max_tiles
         self.limits = limits
+        self._recent: Recent[_Shown, tuple[Image.Image, _Seen]] | None = None
+
+    def remember(self, limit: int) -> None:
+        """Keep what is made of decoded pictures, up to so many bytes, for when the same one is shown again.
+
+        For a server, where nobody changes a picture that was shown; a library cannot promise that.
+        """
+        self._recent = Recent(limit)
+
+    def remembers(self, conversation: Conversation) -> bool:
+        """Whether all pictures of a conversation are remembered, so that only its words are to be encoded."""
+        pictures, recent = conversation.pictures, self._recent
+        return all(
+            recent is not None and recent.get(self._shown(picture, len(pictures))) is not None
+            for picture in pictures
+        )
 
     @property
     def picture_tokens(self) -> int:
@@ -140,7 +172,7 @@ class Processor:
 
     def bounded(self, max_tiles: int) -> "Processor":
         """Return this processor with another bound on the tiles of a picture."""
-        return Processor(
+        bounded = Processor(
             self.tokenizer,
             self.image,
             self.template,
@@ -149,6 +181,8 @@ class Processor:
             max_tiles=max_tiles,
             limits=self.limits,
         )
+        bounded._recent = self._recent
+        return bounded
 
     def __call__(self, messages: Sequence[Mapping[str, object]] | Conversation | str) -> ModelInput:
         """Encode a conversation in any accepted form, ready to be answered."""
@@ -213,7 +247,7 @@ class Processor:
         if bill.total > bill.limit:
             raise PromptTooLongError(_over_limit(bill, least=isinstance(self.image, TileImageConfig)))
         seen = [
-            self._prepare(picture, number=number, pictures=len(pictures))
+            self._see(picture, number=number, pictures=len(pictures))
             for number, picture in enumerate(pictures, start=1)
         ]
         grids = None
@@ -237,6 +271,32 @@ class Processor:
             prompt=prompt_text(pieces),
             bill=bill,
             grids=grids,
+            digests=None if self._recent is None else tuple(map(self._fingerprint, seen)),
+        )
+
+    def _see(self, picture: Picture, *, number: int, pictures: int) -> _Seen:
+        """Prepare one of so many pictures, or remember what was made of it."""
+        image, recent = picture.source, self._recent
+        if recent is None or not isinstance(image, Image.Image):
+            return self._prepare(picture, number=number, pictures=pictures)
+        key = self._shown(picture, pictures)
+        if (found := recent.get(key)) is not None:
+            return found[1]
+        seen = self._prepare(picture, number=number, pictures=pictures)
+        seen = replace(seen, digest=self._fingerprint(seen))
+        size = seen.nbytes + image.width * image.height * len(image.getbands())
+        recent.put(key, (image, seen), size=size)  # held, so that nothing else has its identity
+        return seen
+
+    def _shown(self, picture: Picture, pictures: int) -> _Shown:
+        """Return what the pixels of one of so many pictures depend on."""
+        return id(picture.source), picture.detail, pictures, self.max_tiles
+
+    def _fingerprint(self, seen: _Seen) -> bytes:
+        """Return what tells a picture from others, unless it is known."""
+        grid = seen.grid if isinstance(self.image, TileImageConfig) else None
+        return seen.digest or fingerprint(
+            seen.pixels, low_pixels=seen.low_pixels, grid=grid, normalized=seen.normalized
         )
 
     def _prepare(self, picture: Picture, *, number: int, pictures: int) -> _Seen:
@@ -331,6 +391,19 @@ class Processor:
         result.ids.extend([token] * count)
         result.slots.extend([slot] * count)
         result.weights.extend([weight] * count)
+
+
+def fingerprint(pixels: Tensor, *, low_pixels: Tensor | None, grid: Grid | None, normalized: bool) -> bytes:
+    """Return 16 bytes that tell a picture from others: by the pixels of all its tiles, f32[k, 3, S, S] and
+    f32[k, 3, s, s], its grid where it is tiled, and how they are scaled.
+    """
+    state = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16)
+    if low_pixels is not None:
+        state.update(low_pixels.numpy().tobytes())
+    if grid is not None:
+        state.update(repr(grid).encode())
+    state.update(bytes([normalized]))
+    return state.digest()
 
 
 def _join(pictures: Sequence[Tensor]) -> Tensor | None:

@@ -138,7 +138,7 @@ def encoders() -> Stage:
     """Warm-up of the tower on tiles, new to it; the last group is the linear layer thrown away afterwards."""
     return Stage(
         name="encoders",
-        steps=3000,
+        steps=4800,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100, floor=0.02),
@@ -168,10 +168,10 @@ def stage1() -> Stage:
     """Alignment: tower and adaptor learn (2412.10302, sec. 3); its objective is `nano_naming`."""
     return Stage(
         name="stage1",
-        steps=200,
+        steps=2200,
         batch_size=16,
         lr=2e-3,
-        schedule=Schedule(shape="cosine", warmup=20, floor=0.1),
+        schedule=Schedule(shape="cosine", warmup=50, floor=0.05),
         groups=(*TOWER, ADAPTOR, Group(pattern=r"language[.].*", frozen=True)),
     )
 
@@ -197,7 +197,7 @@ def stage3() -> Stage:
     """Supervised fine-tuning of everything (2412.10302, sec. 3)."""
     return Stage(
         name="stage3",
-        steps=1900,
+        steps=6700,
         batch_size=16,
         lr=1e-3,
         schedule=Schedule(shape="cosine", warmup=100),

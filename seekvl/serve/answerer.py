@@ -1,7 +1,7 @@
 """What the server asks of a model, be it in this process (`seekvl.vlm`) or on replicas (`serve.replicas`)."""
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
 
 from seekvl.engine.engine import Metrics
 from seekvl.engine.request import Piece, Request, SamplingParams
@@ -25,6 +25,10 @@ class Held(Protocol):
         """End it; its last piece says so."""
 
 
+Notify: TypeAlias = Callable[[Sequence[Held]], None]
+"""Who is told of answers that something has come of; see `engine.handle.Notify`."""
+
+
 class Answerer(Protocol):
     """What answers; see `engine.engine.Engine`."""
 
@@ -36,9 +40,7 @@ class Answerer(Protocol):
     def alive(self) -> bool:
         """Whether requests are taken."""
 
-    def submit(
-        self, request: Request, *, client: str, deadline: float | None, notify: Callable[[], None] | None
-    ) -> Held:
+    def submit(self, request: Request, *, client: str, deadline: float | None, notify: Notify | None) -> Held:
         """Take a request in."""
 
     def metrics(self) -> Metrics:

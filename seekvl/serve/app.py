@@ -67,18 +67,9 @@ def create_app(settings: Settings, *, load: Callable[[Settings], Model] | None =
         webhooks=Webhooks(settings),
         log=None if settings.log_prompts is None else RequestLog(settings.log_prompts, settings),
     )
-    rooms = (
-        page,
-        pdf,
-        health,
-        hosted,
-        models,
-        files,
-        cog,
-        chat,
-        responses,
-    )  # versions before models of any name
-    for room in rooms:
+    # a request is compared with one room after the other: first what is asked most; versions before models of
+    # any name
+    for room in (chat, responses, hosted, cog, files, health, page, pdf, models):
         app.include_router(room.router)
     for kind, handler in (
         (ApiError, on_api_error),

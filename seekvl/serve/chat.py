@@ -19,7 +19,7 @@ from seekvl.processing.tokenizer import Tokenizer
 from seekvl.runtime import SeekVLError
 from seekvl.serve import events
 from seekvl.serve.chat_request import ChatRequest, check_model, conversation, sampling
-from seekvl.serve.desk import Desk, client_of, desk_of, until_disconnected
+from seekvl.serve.desk import Desk, client_of, desk_of, owner_of, until_disconnected
 from seekvl.serve.errors import ApiError, bad_request, error_event
 from seekvl.serve.grounding import Stripper, grounding, strip
 from seekvl.serve.notices import limits_met, notices, seen
@@ -44,7 +44,8 @@ class Chat:
     notices: list[str]
     done: list[Completion]
     """Answers that came to their end; the door's log line reads it."""
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    id: str
+    """Of its answer; also the name under which it is logged."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -67,33 +68,38 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     """Answer a conversation about pictures."""
     desk = desk_of(request)
     async with until_disconnected(request):
-        chat = await begin(asked, desk=desk, done=request.state.completions)
+        chat = await begin(request, asked)
         answerings = await submit(chat, desk=desk, client=client_of(request))
         if not asked.stream:
             return JSONResponse(whole(chat, await finish(chat, answerings, desk=desk)))
     return events.EventStream(stream(chat, answerings, desk=desk), ended=partial(cancel, answerings))
 
 
-async def begin(asked: ChatRequest, *, desk: Desk, done: list[Completion]) -> Chat:
-    """Check a request and turn it into model input. Raises ApiError."""
+async def begin(request: Request, asked: ChatRequest, *, name: str = "chatcmpl-") -> Chat:
+    """Check a request and turn it into model input. Raises ApiError.
+
+    name: how the id of its answer begins.
+    """
+    desk = desk_of(request)
     check_model(asked.model, desk.names)
     check_tiles(asked, desk=desk)
     sampling(asked, room=desk.context)  # what cannot be served is told before pictures are fetched
     if desk.log is not None and asked.seed is None:
         asked = asked.model_copy(update={"seed": fresh_seed()})
-    given = await conversation(asked.messages, desk=desk.pictures)
+    given = await conversation(asked.messages, desk=desk.pictures, owner=owner_of(request))
     prepared = await desk.service.prepare(
         given, sampling(asked, room=desk.context), max_tiles=asked.max_tiles
     )
     processor = desk.service.vlm.processor
     chat = Chat(
+        id=name + uuid.uuid4().hex,
         asked=asked,
         prepared=replace(prepared, end_id=NO_END if asked.ignore_eos else None),
         tokenizer=processor.tokenizer,
         model=asked.model,
         pictures=seen(prepared.inputs, processor),
         notices=notices(prepared.inputs, processor),
-        done=done,
+        done=request.state.completions,
     )
     if desk.log is not None:
         await desk.log.request(chat.id, logged(chat, given, room=desk.room(prepared)))
@@ -123,7 +129,7 @@ def check_tiles(asked: ChatRequest, *, desk: Desk) -> None:
 async def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
     """Hand all choices to the engine, or none of them. Raises ApiError.
 
-    A thread does it: pictures are hashed then, and grammars made of schemas. It goes on where the caller
+    Where the answer has a form, a thread does it, for its grammar is made then. It goes on where the caller
     hangs up meanwhile, so what it handed in is cancelled when it is done.
     """
     room, loop = desk.room(chat.prepared), asyncio.get_running_loop()
@@ -135,6 +141,14 @@ async def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
             prepared = replace(chat.prepared, params=params)
             answerings.append(desk.service.submit(prepared, client=client, loop=loop))
 
+    if chat.asked.response_format is None:
+        try:
+            hand_in()
+        except BaseException:
+            cancel(answerings)
+            raise
+        return answerings
+
     def give_up(handing: asyncio.Future[None]) -> None:
         handing.exception()  # or the log would say that nobody asked for it
         cancel(answerings)
@@ -144,7 +158,7 @@ async def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
         await asyncio.shield(handing)
     except BaseException as error:
         handing.add_done_callback(give_up)
-        if isinstance(error, ApiError) and error.status == 400 and chat.asked.response_format is not None:
+        if isinstance(error, ApiError) and error.status == 400:
             error.param = "response_format"  # what the engine finds wrong with a request by itself
         raise
     return answerings
@@ -160,12 +174,14 @@ async def finish(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> 
     """Draw all answers to their end; the first that fails ends the others. Raises ApiError."""
     tokens: list[list[dict[str, object]]] = [[] for _ in answerings]
     completions: dict[int, Completion] = {}
-    async with contextlib.aclosing(together(answerings)) as pieces:
-        async for index, piece in pieces:
-            tokens[index] += likelihoods(piece, chat.tokenizer)
-            if piece.completion is not None:
-                completions[index] = piece.completion
-                await note(chat, answerings[index], piece.completion, desk=desk, choice=index)
+    async with contextlib.aclosing(together(answerings)) as coming:
+        async for index, pieces in coming:
+            for piece in pieces:
+                tokens[index] += likelihoods(piece, chat.tokenizer)
+            completion = pieces[-1].completion
+            if completion is not None:
+                completions[index] = completion
+                await note(chat, answerings[index], completion, desk=desk, choice=index)
     return [Choice(completion=completions[index], tokens=told) for index, told in enumerate(tokens)]
 
 
@@ -256,21 +272,26 @@ def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, object
 
 
 async def stream(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> AsyncGenerator[bytes, None]:
-    """Yield the events of all choices as their pieces come, then the usage and the end."""
+    """Yield the events of all choices as their pieces come, then the usage and the end.
+
+    Events that are there at once are yielded at once.
+    """
     with_usage = chat.asked.stream_options is not None and chat.asked.stream_options.include_usage
     completions: dict[int, Completion] = {}
-    strippers = [Stripper() for _ in answerings]
-    for index in range(len(answerings)):
-        yield chunk(chat, index, delta={"role": "assistant", "content": ""}, with_usage=with_usage)
+    writers = [Writer(chat, index, with_usage=with_usage) for index in range(len(answerings))]
+    role: dict[str, object] = {"role": "assistant", "content": ""}
+    yield b"".join(chunk(chat, each.index, delta=role, with_usage=with_usage) for each in writers)
     try:
-        async with contextlib.aclosing(together(answerings)) as pieces:
-            async for index, piece in pieces:
-                if text := from_piece(chat, index, piece, stripper=strippers[index], with_usage=with_usage):
-                    yield text
-                if piece.completion is not None:
-                    completions[index] = piece.completion
-                    await note(chat, answerings[index], piece.completion, desk=desk, choice=index)
-                    yield last_chunk(chat, index, piece.completion, with_usage=with_usage)
+        async with contextlib.aclosing(together(answerings)) as coming:
+            async for index, pieces in coming:
+                written = b"".join(map(writers[index].write, pieces))
+                completion = pieces[-1].completion
+                if completion is not None:
+                    completions[index] = completion
+                    await note(chat, answerings[index], completion, desk=desk, choice=index)
+                    written += last_chunk(chat, index, completion, with_usage=with_usage)
+                if written:
+                    yield written
     except Exception as error:
         yield events.data(error_event(failure(error)))
         return
@@ -280,15 +301,28 @@ async def stream(chat: Chat, answerings: Sequence[Answering], *, desk: Desk) -> 
     yield events.data("[DONE]")
 
 
-def from_piece(chat: Chat, index: int, piece: Piece, *, stripper: Stripper, with_usage: bool) -> bytes:
-    """Return the chunk of a piece; nothing where it has neither letters nor likelihoods."""
-    text = piece.text
-    if chat.asked.strip_tags:
-        text = stripper.push(text, last=piece.completion is not None)
-    tokens = likelihoods(piece, chat.tokenizer)
-    if not text and not tokens:
-        return b""
-    return chunk(chat, index, delta={"content": text}, tokens=tokens, with_usage=with_usage)
+class Writer:
+    """Writes the pieces of a choice as chunks; what all of them share is encoded once."""
+
+    def __init__(self, chat: Chat, index: int, *, with_usage: bool) -> None:
+        self.index = index
+        self._chat, self._with_usage, self._stripper = chat, with_usage, Stripper()
+        mark = '"content": ""'  # of the last field but constants: a model's name cannot hold it unescaped
+        empty = chunk(chat, index, delta={"content": ""}, with_usage=with_usage).decode()
+        before, _, self._after = empty.rpartition(mark)
+        self._before = before + mark.removesuffix('""')
+
+    def write(self, piece: Piece) -> bytes:
+        """Return the chunk of a piece; nothing where it has neither letters nor likelihoods."""
+        text, tokens = piece.text, likelihoods(piece, self._chat.tokenizer)
+        if self._chat.asked.strip_tags:
+            text = self._stripper.push(text, last=piece.completion is not None)
+        if tokens:
+            delta: dict[str, object] = {"content": text}
+            return chunk(self._chat, self.index, delta=delta, tokens=tokens, with_usage=self._with_usage)
+        if not text:
+            return b""
+        return f"{self._before}{events.encode(text)}{self._after}".encode()
 
 
 def last_chunk(chat: Chat, index: int, completion: Completion, *, with_usage: bool) -> bytes:
@@ -336,19 +370,19 @@ def _head(chat: Chat) -> dict[str, object]:
     }
 
 
-async def together(answerings: Sequence[Answering]) -> AsyncGenerator[tuple[int, Piece], None]:
+async def together(answerings: Sequence[Answering]) -> AsyncGenerator[tuple[int, list[Piece]], None]:
     """Yield the pieces of several answers as they come; leaving early cancels all of them."""
     if len(answerings) == 1:  # without the detour, which every token would take
-        async with contextlib.aclosing(answerings[0].pieces()) as pieces:
-            async for piece in pieces:
-                yield 0, piece
+        async with contextlib.aclosing(answerings[0].pieces()) as coming:
+            async for pieces in coming:
+                yield 0, pieces
         return
-    arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, list[Piece] | Exception]] = asyncio.Queue()
 
     async def draw(index: int, answering: Answering) -> None:
         try:
-            async for piece in answering.pieces():
-                arrived.put_nowait((index, piece))
+            async for pieces in answering.pieces():
+                arrived.put_nowait((index, pieces))
         except Exception as error:
             arrived.put_nowait((index, error))
 
@@ -360,7 +394,7 @@ async def together(answerings: Sequence[Answering]) -> AsyncGenerator[tuple[int,
             if isinstance(came, Exception):
                 raise came
             yield index, came
-            left -= came.completion is not None
+            left -= came[-1].completion is not None
     finally:
         cancel(answerings)  # a task that has not begun yet would not
         for task in drawing:

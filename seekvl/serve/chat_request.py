@@ -187,8 +187,8 @@ def form(wanted: ResponseFormat | None) -> Form | None:
     return schema
 
 
-async def conversation(messages: Sequence[ChatMessage], *, desk: PictureDesk) -> Conversation:
-    """Turn messages into a conversation, its pictures opened.
+async def conversation(messages: Sequence[ChatMessage], *, desk: PictureDesk, owner: str) -> Conversation:
+    """Turn messages into a conversation, its pictures opened; files are those of their owner.
 
     System and developer messages in front make one system text; neighbours of one role are one turn. Marks
     of the template in any text are data. Raises ApiError naming the field.
@@ -208,7 +208,7 @@ async def conversation(messages: Sequence[ChatMessage], *, desk: PictureDesk) ->
         param = f"messages[{index}]"
         if message.role == "tool":
             raise bad_request("these models know no tools, so no tool can answer", param=f"{param}.role")
-        parts = await _parts(message, param=param, desk=desk)
+        parts = await _parts(message, param=param, desk=desk, owner=owner)
         if message.role == "system" or message.role == "developer":
             systems.append(_system_text(parts, after_turns=bool(turns), param=param))
         elif turns and turns[-1].role == message.role:
@@ -231,7 +231,7 @@ def _system_text(parts: Sequence[Part], *, after_turns: bool, param: str) -> str
     return "".join(part.text for part in parts if isinstance(part, Text))
 
 
-async def _parts(message: ChatMessage, *, param: str, desk: PictureDesk) -> list[Part]:
+async def _parts(message: ChatMessage, *, param: str, desk: PictureDesk, owner: str) -> list[Part]:
     """Read the content of a message; a text and a list with one text part are the same."""
     if message.content is None:
         raise bad_request("the message has no content", param=f"{param}.content")
@@ -245,7 +245,7 @@ async def _parts(message: ChatMessage, *, param: str, desk: PictureDesk) -> list
                 raise bad_request("the part has no image_url", param=f"{place}.image_url")
             given = part.image_url
             address = ImageUrl(url=given, detail=part.detail) if isinstance(given, str) else given
-            image: Image.Image = await desk.open(address.url, param=f"{place}.image_url")
+            image: Image.Image = await desk.open(address.url, param=f"{place}.image_url", owner=owner)
             read.append(Picture(image, detail="high" if address.detail == "original" else address.detail))
         elif part.text is None:
             raise bad_request("the part has no text", param=f"{place}.text")

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from seekvl.serve import events
-from seekvl.serve.desk import Desk, base_of, desk_of, until_disconnected
+from seekvl.serve.desk import Desk, base_of, desk_of, owner_of, until_disconnected
 from seekvl.serve.errors import ApiError, Fault, invalid
 from seekvl.serve.prediction_request import PredictionRequest, begin, check_id
 from seekvl.serve.prediction_run import Run
@@ -54,7 +54,7 @@ async def predict_as(request: Request, prediction_id: str, body: PredictionReque
     asked = body or PredictionRequest()
     if asked.id is not None and asked.id != prediction_id:
         raise invalid(Fault("id", f"the body says {asked.id[:80]!r}, the path {prediction_id[:80]!r}"))
-    running = desk_of(request).live.get(prediction_id)
+    running = desk_of(request).live.get((owner_of(request), prediction_id))
     if running is not None:
         running.replied = True
         return JSONResponse(running.prediction.told(base_of(request)), status_code=202)
@@ -64,7 +64,7 @@ async def predict_as(request: Request, prediction_id: str, body: PredictionReque
 @router.post("/predictions/{prediction_id}/cancel")
 async def cancel(request: Request, prediction_id: str) -> Response:
     """Stop a prediction that runs."""
-    run = desk_of(request).live.get(prediction_id)
+    run = desk_of(request).live.get((owner_of(request), prediction_id))
     if run is None:
         return JSONResponse({}, status_code=404)
     run.cancel()

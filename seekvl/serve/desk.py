@@ -1,6 +1,5 @@
 """What the routes of all dialects share: settings, the model, pictures, figures, and who asks."""
 
-import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -13,6 +12,7 @@ from fastapi import Request
 from seekvl.engine.request import Request as Prepared
 from seekvl.processing.tile_image import TileImageConfig
 from seekvl.serve.errors import HUNG_UP, ApiError, bad_request
+from seekvl.serve.events import HungUp, while_connected
 from seekvl.serve.metrics import ServerMetrics
 from seekvl.serve.pictures import PictureDesk
 from seekvl.serve.request_log import RequestLog
@@ -40,8 +40,8 @@ class Desk:
     webhooks: Webhooks
     log: RequestLog | None = None
     """Where whole requests are kept, if anywhere."""
-    live: "dict[str, Run]" = field(default_factory=dict)
-    """Predictions under way, by id."""
+    live: "dict[tuple[str, str], Run]" = field(default_factory=dict)
+    """Predictions under way, by owner and id."""
     painter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
     """Threads that draw boxes."""
     runs: Counter[str] = field(default_factory=Counter)
@@ -91,6 +91,11 @@ def base_of(request: Request) -> str:
     return str(request.base_url).rstrip("/")
 
 
+def owner_of(request: Request) -> str:
+    """Return whose predictions and files a caller may see, see `guard.owner_name`."""
+    return str(request.state.owner)
+
+
 def client_of(request: Request) -> str:
     """Return whose request this is, for turns that are fair: a key, or an address."""
     key = request.headers.get("authorization")
@@ -100,24 +105,8 @@ def client_of(request: Request) -> str:
 @contextlib.asynccontextmanager
 async def until_disconnected(request: Request) -> AsyncIterator[None]:
     """Cancel what is done inside as soon as the caller hangs up; raises ApiError (499) then."""
-    working, hung_up = asyncio.current_task(), False
-    assert working is not None
-
-    async def listen() -> None:
-        nonlocal hung_up
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        hung_up = True
-        working.cancel()
-
-    listening = asyncio.create_task(listen())
     try:
-        try:
+        async with while_connected(request.receive):
             yield
-        finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
-    except asyncio.CancelledError:
-        if not hung_up or working.uncancel():
-            raise  # somebody else wants it to end
+    except HungUp:
         raise ApiError(status=HUNG_UP, message="the caller hung up") from None

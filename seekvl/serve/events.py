@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,11 @@ HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would collect it
 }
 
+
+encode: Callable[[object], str] = json.JSONEncoder(ensure_ascii=False).encode
+"""Writes JSON with the letters of all scripts as themselves; one encoder for all, for making one takes longer
+than a chunk.
+"""
 
 DECLARED: dict[int | str, dict[str, Any]] = {
     200: {
@@ -51,35 +55,85 @@ class EventStream(StreamingResponse):
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all there is."""
+        """Send all there is, to whoever still listens."""
         try:
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(HungUp):
+                async with while_connected(receive):
+                    await self.stream_response(send)
         finally:
             self._ended()
 
     async def stream_response(self, send: Send) -> None:
-        """Send the head, the events, and the comments between them from a task beside."""
-        sent = time.monotonic()
-
-        async def comments() -> None:
-            nonlocal sent
-            while True:
-                await asyncio.sleep(sent + self._seconds - time.monotonic())
-                if time.monotonic() - sent >= self._seconds:
-                    sent = time.monotonic()
-                    await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
-
+        """Send the head, the events, and the comments between them."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        commenting = asyncio.create_task(comments())
+        comments = Comments(send, seconds=self._seconds)
         try:
             async with contextlib.aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
-                    sent = time.monotonic()
+                    comments.sent = comments.loop.time()
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         finally:
-            commenting.cancel()
-            await asyncio.gather(commenting, return_exceptions=True)
+            await comments.end()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Comments:
+    """Sends a comment whenever nothing was sent for so many seconds."""
+
+    def __init__(self, send: Send, *, seconds: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.sent = self.loop.time()
+        """When something was sent last, by the clock of the loop."""
+        self._send, self._seconds = send, seconds
+        self._sending = set[asyncio.Future[None]]()
+        self._timer = self.loop.call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        """Send a comment, if it is time, and look again later."""
+        if self.loop.time() >= self.sent + self._seconds:
+            self.sent = self.loop.time()
+            comment = {"type": "http.response.body", "body": COMMENT, "more_body": True}
+            sending = asyncio.ensure_future(self._send(comment))
+            self._sending.add(sending)
+            sending.add_done_callback(self._sending.discard)
+        self._timer = self.loop.call_at(self.sent + self._seconds, self._look)
+
+    async def end(self) -> None:
+        """Send no more."""
+        self._timer.cancel()
+        for sending in self._sending:
+            sending.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
+
+
+class HungUp(Exception):  # noqa: N818 - what a caller did, not a fault
+    """The caller does not wait for an answer any more."""
+
+
+@contextlib.asynccontextmanager
+async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
+    """Cancel what is done inside as soon as the caller hangs up; raises HungUp then."""
+    working, hung_up = asyncio.current_task(), False
+    assert working is not None
+
+    async def listen() -> None:
+        nonlocal hung_up
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        hung_up = True
+        working.cancel()
+
+    listening = asyncio.create_task(listen())
+    try:
+        try:
+            yield
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+    except asyncio.CancelledError:
+        if not hung_up or working.uncancel():
+            raise  # somebody else wants it to end
+        raise HungUp from None
 
 
 def data(value: Mapping[str, object] | str) -> bytes:
@@ -88,7 +142,7 @@ def data(value: Mapping[str, object] | str) -> bytes:
     >>> data("[DONE]")
     b'data: [DONE]\n\n'
     """
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else encode(value)
     return f"data: {text}\n\n".encode()
 
 
@@ -101,10 +155,7 @@ def event(name: str, value: Mapping[str, object] | str, *, number: int | None = 
     >>> event("output", "a\nb", number=3)
     b'event: output\nid: 3\ndata: a\ndata: b\n\n'
     """
-    if isinstance(value, str):
-        lines = [line.rstrip("\r\n") for line in _lines(value)]
-    else:
-        lines = [json.dumps(value, ensure_ascii=False)]
+    lines = [line.rstrip("\r\n") for line in _lines(value)] if isinstance(value, str) else [encode(value)]
     head = f"event: {name}\n" + ("" if number is None else f"id: {number}\n")
     return (head + "".join(f"data: {line}\n" for line in lines) + "\n").encode()
 

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
-from seekvl.serve.desk import Desk, base_of, desk_of
+from seekvl.serve.desk import Desk, base_of, desk_of, owner_of
 from seekvl.serve.errors import ApiError
 from seekvl.serve.fetch import FetchError
 from seekvl.serve.pictures import Stored
@@ -37,12 +37,14 @@ MOST_FIELDS = 30
 def stored_in(store: Store) -> Stored:
     """Return what reads the files of a store by their address."""
 
-    async def stored(url: str) -> bytes | None:
-        """Return the bytes of a file; None for any other address. Raises FetchError for one that is gone."""
+    async def stored(url: str, owner: str) -> bytes | None:
+        """Return the bytes of somebody's file; None for any other address. Raises FetchError for one that is
+        gone.
+        """
         found = HERE.fullmatch(url)
         if found is None:
             return None
-        data = await store.file_data(found[1].lower())
+        data = await store.file_data(found[1].lower(), owner=owner)
         if data is None:
             raise FetchError(f"the file {found[1]} is not kept here, or no longer")
         return data
@@ -81,6 +83,7 @@ async def upload(request: Request) -> Response:
                 purpose=_clean(purpose) if isinstance(purpose, str) else None,
                 created=moment,
                 expires=moment + desk.settings.file_seconds,
+                owner=owner_of(request),
             )
     except MultiPartException as error:
         raise ApiError(status=400, message=f"the form cannot be read: {error.message}") from error
@@ -90,8 +93,9 @@ async def upload(request: Request) -> Response:
 
 @router.get("/v1/files")
 async def files(request: Request) -> dict[str, object]:
-    """List the files that are kept, newest first."""
-    found = [record.told(base_of(request)) for record in await desk_of(request).store.files()]
+    """List the caller's files, newest first."""
+    kept = await desk_of(request).store.files(owner=owner_of(request))
+    found = [record.told(base_of(request)) for record in kept]
     return {
         "object": "list",
         "data": found,
@@ -105,7 +109,7 @@ async def files(request: Request) -> dict[str, object]:
 @router.get("/v1/files/{file_id}")
 async def file(request: Request, file_id: str) -> dict[str, object]:
     """Describe a file."""
-    record = await desk_of(request).store.file(file_id)
+    record = await desk_of(request).store.file(file_id, owner=owner_of(request))
     if record is None:
         raise unknown(file_id)
     return record.told(base_of(request))
@@ -114,8 +118,8 @@ async def file(request: Request, file_id: str) -> dict[str, object]:
 @router.get("/v1/files/{file_id}/content")
 async def content(request: Request, file_id: str) -> Response:
     """Return the bytes of a file, for saving: no browser shows them as a page of this server."""
-    store = desk_of(request).store
-    record, data = await store.file(file_id), await store.file_data(file_id)
+    store, owner = desk_of(request).store, owner_of(request)
+    record, data = await store.file(file_id, owner=owner), await store.file_data(file_id, owner=owner)
     if record is None or data is None:
         raise unknown(file_id)
     headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(record.name, safe='')}"}
@@ -125,7 +129,7 @@ async def content(request: Request, file_id: str) -> Response:
 @router.delete("/v1/files/{file_id}", status_code=204)
 async def delete(request: Request, file_id: str) -> Response:
     """Forget a file."""
-    if not await desk_of(request).store.delete_file(file_id):
+    if not await desk_of(request).store.delete_file(file_id, owner=owner_of(request)):
         raise unknown(file_id)
     return Response(status_code=204)
 

@@ -5,6 +5,7 @@ Plain ASGI, so that it sees every byte before anything reads it and streams pass
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import json
 import logging
@@ -54,7 +55,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, *, settings: Settings, metrics: ServerMetrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
-        self._keys = [key.encode() for key in settings.api_keys]
+        self._owners = {key.encode(): owner_name(key) for key in settings.api_keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or refuse it."""
@@ -62,7 +63,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         request_id, began, seen = f"req_{uuid.uuid4().hex}", time.monotonic(), _Seen()
-        scope.setdefault("state", {}).update(request_id=request_id, completions=[])
+        scope.setdefault("state", {}).update(request_id=request_id, completions=[], owner="")
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def numbered(message: Message) -> None:
@@ -99,8 +100,8 @@ class Guard:
             raise ApiError(status=400, message="the HTTP version of the request is none")
         headers = Headers(scope=scope)
         self._check_host(headers.get("host", ""))
-        if self._keys and not self._open(scope, headers):
-            self._check_key(headers.get("authorization", ""))
+        if self._owners and not self._open(scope, headers):
+            scope["state"]["owner"] = self._owner(headers.get("authorization", ""))
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             raise ApiError(status=400, message="Content-Length is no number")
@@ -136,12 +137,13 @@ class Guard:
         page = path == "/" and wants_page(headers.get("accept", ""))
         return scope["method"] in ("GET", "HEAD") and (page or path.startswith(PAGE))
 
-    def _check_key(self, given: str) -> None:
-        """Compare with every key, in the same time whatever is given."""
+    def _owner(self, given: str) -> str:
+        """Tell whose key is given, comparing with every one, in the same time whatever it is."""
         kind, _, key = given.partition(" ")
-        right = [hmac.compare_digest(key.strip().encode(), known) for known in self._keys]
+        right = [hmac.compare_digest(key.strip().encode(), known) for known in self._owners]
         if kind.lower() not in ("bearer", "token") or not any(right):
             raise ApiError(status=401, message="a key is needed: Authorization: Bearer KEY")
+        return list(self._owners.values())[right.index(True)]
 
     def _bounded(self, receive: Receive, seen: _Seen) -> Receive:
         """Count the body as it comes, and wait for it only so long."""
@@ -183,6 +185,14 @@ class Guard:
         self.metrics.request.observe(seconds)
         costs = "".join(map(_costs, scope["state"]["completions"]))
         log.info("%s %s %s %d %.3f s%s", request_id, scope["method"], path, seen.status, seconds, costs)
+
+
+def owner_name(key: str) -> str:
+    """Return what the holder of a key is called in the store, which shall not hold the key itself.
+
+    Who asks a server that wants no key is called "".
+    """
+    return hashlib.blake2b(key.encode(), digest_size=16, person=b"seekvl owner").hexdigest()
 
 
 async def refuse(error: ApiError, *, scope: Scope, send: Send) -> None:

@@ -38,7 +38,8 @@ async def ready(request: Request) -> Response:
     if service.ready:
         return JSONResponse({"status": "ready"})
     retry = {"Retry-After": str(RETRY_SECONDS)}
-    return JSONResponse({"status": service.phase}, status_code=503, headers=retry)
+    status = "restarting" if service.phase == "ready" else service.phase  # it died, and nobody has looked yet
+    return JSONResponse({"status": status}, status_code=503, headers=retry)
 
 
 @router.get("/health-check")

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from seekvl.serve import events
-from seekvl.serve.desk import Desk, base_of, desk_of, until_disconnected
+from seekvl.serve.desk import Desk, base_of, desk_of, owner_of, until_disconnected
 from seekvl.serve.errors import ApiError, Fault, invalid
 from seekvl.serve.prediction_inputs import InputSet
 from seekvl.serve.prediction_request import PredictionRequest, begin
@@ -37,9 +37,9 @@ async def create_of_model(request: Request, owner: str, name: str, body: Predict
 
 @router.get("/v1/predictions")
 async def predictions(request: Request, cursor: str | None = None) -> dict[str, object]:
-    """List predictions, newest first."""
+    """List the caller's predictions, newest first."""
     desk, base = desk_of(request), base_of(request)
-    page, following = await desk.store.predictions(cursor=cursor)
+    page, following = await desk.store.predictions(cursor=cursor, owner=owner_of(request))
     known = [_now(each, desk).told(base) for each in page]
     further = None if following is None else f"{base}/v1/predictions?cursor={following}"
     return {"previous": None, "next": further, "results": known}
@@ -48,28 +48,25 @@ async def predictions(request: Request, cursor: str | None = None) -> dict[str, 
 @router.get("/v1/predictions/{prediction_id}")
 async def prediction(request: Request, prediction_id: str) -> dict[str, object]:
     """Tell how a prediction is."""
-    found = await _find(prediction_id, desk_of(request))
-    return found.told(base_of(request))
+    return (await _find(request, prediction_id)).told(base_of(request))
 
 
 @router.post("/v1/predictions/{prediction_id}/cancel")
 async def cancel(request: Request, prediction_id: str) -> dict[str, object]:
     """Stop a prediction; one that has ended comes back unchanged."""
-    desk = desk_of(request)
-    run = desk.live.get(prediction_id)
+    run = desk_of(request).live.get((owner_of(request), prediction_id))
     if run is not None:
         run.cancel()
         await run.ended()
         return run.prediction.told(base_of(request))
-    return (await _find(prediction_id, desk)).told(base_of(request))
+    return (await _find(request, prediction_id)).told(base_of(request))
 
 
 @router.get("/v1/predictions/{prediction_id}/stream")
 async def stream(request: Request, prediction_id: str) -> Response:
     """Stream a prediction from its first piece on; leaving early does not stop it."""
-    desk = desk_of(request)
-    run = desk.live.get(prediction_id)
-    steps = finished(await _find(prediction_id, desk)) if run is None else running(run)
+    run = desk_of(request).live.get((owner_of(request), prediction_id))
+    steps = finished(await _find(request, prediction_id)) if run is None else running(run)
     return events.EventStream(steps)
 
 
@@ -94,8 +91,8 @@ async def one_version(request: Request, owner: str, name: str, version_name: str
 
 @router.get("/v1/webhooks/default/secret")
 async def webhook_secret(request: Request) -> dict[str, str]:
-    """Tell the secret that webhooks are signed with."""
-    return {"key": desk_of(request).webhooks.secret}
+    """Tell the secret that the caller's webhooks are signed with."""
+    return {"key": desk_of(request).webhooks.secret_of(owner_of(request))}
 
 
 async def _create(request: Request, body: PredictionRequest, *, model: str) -> Response:
@@ -103,8 +100,8 @@ async def _create(request: Request, body: PredictionRequest, *, model: str) -> R
     desk, base = desk_of(request), base_of(request)
     seconds = wait_seconds(request.headers.get("prefer", ""))
     run = await begin(request, body, model=model, desk=desk, waits=seconds is not None)
-    if seconds is None:
-        return JSONResponse(run.prediction.told(base), status_code=201)
+    if seconds is None:  # as it was begun, however far it has come since
+        return JSONResponse(run.prediction.told_starting(base), status_code=201)
     async with until_disconnected(request):
         try:
             over = await run.wait(seconds=seconds)
@@ -165,15 +162,16 @@ def _text(output: object) -> str:
 
 def _now(found: Prediction, desk: Desk) -> Prediction:
     """Return a prediction as it is now: the store knows how one began and how it ended."""
-    run = desk.live.get(found.id)
+    run = desk.live.get(found.key)
     return found if run is None else run.prediction
 
 
-async def _find(name: str, desk: Desk) -> Prediction:
-    """Return a prediction. Raises ApiError (404)."""
-    if name in desk.live:
-        return desk.live[name].prediction
-    found = await desk.store.prediction(name)
+async def _find(request: Request, name: str) -> Prediction:
+    """Return a prediction of the caller's. Raises ApiError (404)."""
+    desk, owner = desk_of(request), owner_of(request)
+    if (run := desk.live.get((owner, name))) is not None:
+        return run.prediction
+    found = await desk.store.prediction(name, owner=owner)
     if found is None:
         raise ApiError(status=404, message=f"the prediction {name[:80]!r} is not kept here, or no longer")
     return found

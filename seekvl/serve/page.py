@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StrictStr
 
 from seekvl.serve.cog import DISCOVERY
-from seekvl.serve.desk import desk_of
+from seekvl.serve.desk import desk_of, owner_of
 from seekvl.serve.errors import ApiError
 from seekvl.serve.pictures import picture_format
 
@@ -110,7 +110,7 @@ class Address(BaseModel):
 @router.post("/v1/page/picture", tags=["Page"])
 async def picture(request: Request, asked: Address) -> Response:
     """Fetch a picture for the page, which asks no third party itself, under the rules of the server."""
-    data = await desk_of(request).pictures.original(asked.url, param="url")
+    data = await desk_of(request).pictures.original(asked.url, param="url", owner=owner_of(request))
     kind = f"image/{(picture_format(data) or 'png').lower()}"
     return Response(data, media_type=kind, headers={"Cache-Control": "no-store"})
 

@@ -7,13 +7,13 @@ import json
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, StrictStr
 
 from seekvl.runtime import SeekVLError, require
@@ -38,6 +38,7 @@ MOST_PDFS = 2
 RETRY_SECONDS = 5
 
 _drawn = 0
+_closing: set[asyncio.Future[None]] = set()
 
 
 class Pdf(BaseModel):
@@ -67,10 +68,10 @@ async def pdf(request: Request, asked: Pdf) -> Response:
         first = await anext(pages)
     except StopAsyncIteration:
         raise bad_request("the PDF has no pages", param="pdf", code="invalid_pdf") from None
-    return StreamingResponse(_stream(first, pages), headers=events.HEADERS)
+    return events.EventStream(_stream(first, pages), ended=partial(_let_go, pages))
 
 
-async def draw(data: bytes) -> AsyncIterator[Page]:
+async def draw(data: bytes) -> AsyncGenerator[Page, None]:
     """Yield the pages of a PDF; leaving early ends the work. Raises ApiError."""
     global _drawn
     if _drawn >= MOST_PDFS:
@@ -133,16 +134,22 @@ async def _next(process: Process) -> Page | None:
     return Page(head["page"], head["pages"], await process.stdout.readexactly(head["bytes"]))
 
 
-async def _stream(first: Page, rest: AsyncIterator[Page]) -> AsyncIterator[bytes]:
+async def _stream(first: Page, rest: AsyncGenerator[Page, None]) -> AsyncGenerator[bytes, None]:
     """Write the pages as events."""
     yield _event(first)
     try:
-        async for page in rest:
-            yield _event(page)
+        async with contextlib.aclosing(rest):
+            async for page in rest:
+                yield _event(page)
     except ApiError as error:
         yield events.data(error_event(error))
-    finally:
-        await rest.aclose()  # type: ignore[attr-defined]  # always an async generator
+
+
+def _let_go(pages: AsyncGenerator[Page, None]) -> None:
+    """End the work on a PDF, also where the caller left before the first page was sent."""
+    closing = asyncio.ensure_future(pages.aclose())
+    _closing.add(closing)
+    closing.add_done_callback(_closing.discard)
 
 
 def _event(page: Page) -> bytes:

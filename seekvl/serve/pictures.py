@@ -4,6 +4,7 @@ that names the field.
 
 import base64
 import binascii
+import hashlib
 import io
 import re
 import time
@@ -18,6 +19,7 @@ from anyio import CapacityLimiter
 from PIL import Image
 
 from seekvl.processing.picture import DECODE_ERRORS, PictureLimits, open_picture
+from seekvl.processing.recent import Recent
 from seekvl.runtime import SeekVLError
 from seekvl.serve.errors import bad_request
 from seekvl.serve.fetch import FetchError, Rules, TooLargeError, Web
@@ -34,11 +36,16 @@ MAGIC = {
 DECODERS = 2
 """Threads that decode pictures."""
 
-Stored = Callable[[str], Awaitable[bytes | None]]
-"""Returns the bytes of a file of this server by its address, None for any other address."""
+AT_ONCE = 2**16
+"""Bytes that are decoded from base64 and hashed in the event loop: a thread takes as long to wake."""
+DECODED_BYTES = 64 * 2**20
+"""Most bytes of decoded pictures that are kept: clients send a picture again with every turn."""
+
+Stored = Callable[[str, str], Awaitable[bytes | None]]
+"""Returns the bytes of a file of this server by its address and owner, None for any other address."""
 
 
-async def nothing_stored(url: str) -> bytes | None:
+async def nothing_stored(url: str, owner: str) -> bytes | None:
     """Know no files."""
     return None
 
@@ -72,18 +79,22 @@ class PictureDesk:
         )
         self._limits = PictureLimits(max_pixels=settings.max_pixels, max_bytes=settings.max_picture_bytes)
         self._decoders = CapacityLimiter(DECODERS)
+        self._decoded = Recent[bytes, Image.Image](DECODED_BYTES)
 
-    async def open(self, url: str, *, param: str) -> Image.Image:
-        """Return the picture at an address. Raises ApiError naming the field `param`."""
+    async def open(self, url: str, *, param: str, owner: str = "") -> Image.Image:
+        """Return the picture at an address. Raises ApiError naming the field `param`.
+
+        owner: whose files it may be among.
+        """
         began = time.monotonic()
-        data = await self._read(url, param=param)
+        data = await self._read(url, param=param, owner=owner)
         picture = await self.decode(data, param=param)
         self.seconds(time.monotonic() - began)
         return picture
 
-    async def original(self, url: str, *, param: str) -> bytes:
+    async def original(self, url: str, *, param: str, owner: str = "") -> bytes:
         """Return the bytes of the picture at an address, checked as `open` does. Raises ApiError."""
-        data = await self._read(url, param=param)
+        data = await self._read(url, param=param, owner=owner)
         await self.decode(data, param=param)
         return data
 
@@ -100,6 +111,8 @@ class PictureDesk:
                 code="invalid_image",
             )
         try:
+            if len(data) <= AT_ONCE and (known := self._decoded.get(_digest(data))) is not None:
+                return known
             return await anyio.to_thread.run_sync(self._open, data, limiter=self._decoders)
         except TooLargeError as error:
             raise bad_request(str(error), param=param, code="image_too_large") from error
@@ -114,19 +127,31 @@ class PictureDesk:
             raise bad_request(message, param=param, code="too_many_images")
 
     def _open(self, data: bytes) -> Image.Image:
-        """Decode a picture: the work of a thread."""
+        """Decode a picture, or remember it: the work of a thread."""
+        digest = _digest(data)
+        if (known := self._decoded.get(digest)) is not None:
+            return known
         check_pixels(data, most=self.settings.max_pixels)
-        return open_picture(data, limits=self._limits, mode=self.settings.preprocessing)
+        picture = open_picture(data, limits=self._limits, mode=self.settings.preprocessing)
+        try:
+            picture.getexif()  # read on demand, and two threads at once would see half of it
+        except DECODE_ERRORS:  # whoever asks next shall find it damaged, too
+            return open_picture(data, limits=self._limits, mode=self.settings.preprocessing)
+        size = picture.width * picture.height * len(picture.getbands())
+        self._decoded.put(digest, picture, size=size)
+        return picture
 
-    async def _read(self, url: str, *, param: str) -> bytes:
+    async def _read(self, url: str, *, param: str, owner: str) -> bytes:
         """Return the bytes at an address."""
         scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
         try:
+            if scheme == "data" and len(url) <= AT_ONCE:
+                return read_data_url(url, most=self.settings.max_picture_bytes)
             if scheme == "data":
                 return await anyio.to_thread.run_sync(
                     partial(read_data_url, url, most=self.settings.max_picture_bytes)
                 )
-            stored = await self._stored(url)
+            stored = await self._stored(url, owner)
             if stored is not None:
                 return stored
             if scheme in ("http", "https"):
@@ -142,6 +167,11 @@ class PictureDesk:
         raise bad_request(
             "a picture is given by a data: or an https: address", param=param, code="invalid_image"
         )
+
+
+def _digest(data: bytes) -> bytes:
+    """Return what tells the bytes of a picture from others."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def check_pixels(data: bytes, *, most: int) -> None:

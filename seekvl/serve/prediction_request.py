@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr
 
-from seekvl.serve.desk import Desk, base_of, client_of
+from seekvl.serve.desk import Desk, base_of, client_of, owner_of
 from seekvl.serve.errors import ApiError, Fault, invalid
 from seekvl.serve.prediction_inputs import known_inputs, read_inputs
 from seekvl.serve.prediction_run import Run, check_room, new_id
@@ -74,16 +74,17 @@ async def begin(
         model=model,
         version=version_id(model, inputs),
         input=known_inputs(given, inputs),
+        owner=owner_of(request),
         created_at=_created(body),
     )
-    if prediction.id in desk.live:
+    if prediction.key in desk.live:
         raise ApiError(status=409, message=f"the prediction {prediction.id} is under way")
     run = Run(
         prediction=prediction,
         asked=asked,
         base=base_of(request),
         client=client_of(request),
-        webhook=_webhook(body, desk),
+        webhook=_webhook(body, desk, owner=prediction.owner),
         replied=not waits,
     )
     desk.runs[model] += 1
@@ -153,12 +154,13 @@ def _is_address(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
-def _webhook(body: PredictionRequest, desk: Desk) -> Webhook | None:
+def _webhook(body: PredictionRequest, desk: Desk, *, owner: str) -> Webhook | None:
     """Return what is called; `webhook_completed` is the older form, for the end alone."""
     if body.webhook:
         events = EVENTS if body.webhook_events_filter is None else body.webhook_events_filter
-        return Webhook(webhooks=desk.webhooks, url=body.webhook, events=frozenset(events))
+        return Webhook(webhooks=desk.webhooks, url=body.webhook, owner=owner, events=frozenset(events))
     if body.webhook_completed:
         ended: Event = "completed"
-        return Webhook(webhooks=desk.webhooks, url=body.webhook_completed, events=frozenset((ended,)))
+        url = body.webhook_completed
+        return Webhook(webhooks=desk.webhooks, url=url, owner=owner, events=frozenset((ended,)))
     return None

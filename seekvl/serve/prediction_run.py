@@ -104,7 +104,7 @@ class Run:
 
     def start(self, desk: Desk) -> None:
         """Begin to work."""
-        desk.live[self.prediction.id] = self
+        desk.live[self.prediction.key] = self
         self._task = asyncio.create_task(self._perform(desk))
 
     def told(self) -> dict[str, object]:
@@ -141,13 +141,13 @@ class Run:
             if self.refused is None:
                 await desk.store.save(ended)
             else:
-                await desk.store.forget(ended.id)
+                await desk.store.forget(ended.id, owner=ended.owner)
         except Exception:
             log.exception("prediction %s could not be kept", ended.id)
             ended.status, ended.error = "failed", "the answer could not be kept; see the server's log"
         self.prediction = ended
-        if desk.live.get(ended.id) is self:
-            del desk.live[ended.id]
+        if desk.live.get(ended.key) is self:
+            del desk.live[ended.key]
         self.over = True
         self._tell()
         if self.webhook is not None and self.refused is None:
@@ -156,7 +156,10 @@ class Run:
     async def _answer(self, desk: Desk) -> Status:
         """Open the pictures, ask the engine, and gather the answer."""
         desk.pictures.check_count(len(self.asked.pictures), param=self.asked.question_input)
-        pictures = [await desk.pictures.open(url, param=name) for name, url in self.asked.pictures]
+        pictures = [
+            await desk.pictures.open(url, param=name, owner=self.prediction.owner)
+            for name, url in self.asked.pictures
+        ]
         conversation = ask(self.asked, pictures)
         params, tiles = self.asked.sampling(room=desk.context), self._tiles(desk)
         prepared = await desk.service.prepare(conversation, params, max_tiles=tiles)
@@ -171,11 +174,12 @@ class Run:
             await desk.log.request(self.prediction.id, logged)
         answering = await self._submit(prepared, desk=desk)
         self._begin(lines)
-        async for piece in answering.pieces():
-            if piece.text:
-                self._output_piece(piece.text)
-            if piece.completion is not None:
-                return await self._complete(piece.completion, answering, prepared, pictures[-1], desk=desk)
+        async for pieces in answering.pieces():
+            if text := "".join(piece.text for piece in pieces):
+                self._output_piece(text)
+            completion = pieces[-1].completion
+            if completion is not None:
+                return await self._complete(completion, answering, prepared, pictures[-1], desk=desk)
         raise ApiError(status=500, message="the answer has no end")
 
     def _begin(self, lines: Sequence[str]) -> None:

@@ -32,6 +32,8 @@ class Prediction:
     version: str
     input: dict[str, object]
     """As the caller gave it, unknown inputs left out."""
+    owner: str = ""
+    """Who may know of it, see `guard.owner_name`; callers are not told."""
     output: object = None
     status: Status = "starting"
     error: str | None = None
@@ -40,6 +42,11 @@ class Prediction:
     created_at: str = field(default_factory=now)
     started_at: str | None = None
     completed_at: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its owner and id, which nothing else has together."""
+        return self.owner, self.id
 
     @property
     def created(self) -> float:
@@ -55,7 +62,9 @@ class Prediction:
         """Return what clients are told, with addresses below `base`."""
         here = f"{base}/v1/predictions/{self.id}"
         urls = {"get": here, "cancel": f"{here}/cancel", "stream": f"{here}/stream", "web": f"{base}/"}
-        return {**asdict(self), "data_removed": False, "urls": urls}
+        known = asdict(self)
+        del known["owner"]
+        return {**known, "data_removed": False, "urls": urls}
 
     def told_starting(self, base: str) -> dict[str, object]:
         """Return it as one that has hardly begun: the only state on which a client goes on to poll."""
@@ -78,6 +87,8 @@ class FileRecord:
     created: float
     """Seconds since 1970."""
     expires: float
+    owner: str = ""
+    """Who may know of it, see `guard.owner_name`; callers are not told."""
 
     def told(self, base: str) -> dict[str, object]:
         """Return what both clients are told; the OpenAI client reads times as numbers."""

@@ -42,7 +42,7 @@ class Replica:
                 request,
                 client=client,
                 deadline=deadline,
-                notify=lambda: _wake(loop, arrived),
+                notify=lambda _: _wake(loop, arrived),
             )
         except Exception as error:
             yield [portable(error)]

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from queue import Empty, SimpleQueue
@@ -34,6 +34,7 @@ from seekvl.models.vl2 import AnyConfig
 from seekvl.processing.conversation import Conversation
 from seekvl.processing.encode import ModelInput, Processor
 from seekvl.runtime import SeekVLError
+from seekvl.serve.answerer import Notify
 from seekvl.serve.deploy import PARTING_SECONDS, deploy, leave
 from seekvl.serve.replica import Arrived, portable
 from seekvl.serve.settings import Settings
@@ -98,7 +99,7 @@ class Front:
 class Remote:
     """An answer that a replica computes; see `engine.handle.Handle`."""
 
-    def __init__(self, request: Request, *, notify: Callable[[], None] | None) -> None:
+    def __init__(self, request: Request, *, notify: Notify | None) -> None:
         self.waiting = True
         """Whether no replica has begun with it."""
         self.over = False
@@ -142,7 +143,7 @@ class Remote:
                     self._given.append(item)
                 self.over = not isinstance(item, Piece) or item.completion is not None
         if arrived and self._notify is not None:
-            self._notify()
+            self._notify([self])
 
     def _cancelled(self) -> Completion:
         """Return an answer that ends here, as far as it has come.
@@ -221,7 +222,7 @@ class Replicas:
         *,
         client: str,
         deadline: float | None = None,
-        notify: Callable[[], None] | None = None,
+        notify: Notify | None = None,
     ) -> Remote:
         """Take a request in; see `Engine.submit`, which raises the same."""
         start_row(self.config, self.processor.tokenizer, request, guess=0)  # says what is wrong with it

@@ -36,7 +36,6 @@ class Asked:
 
     request: ResponsesRequest
     chat: Chat
-    id: str = field(default_factory=lambda: f"resp_{uuid.uuid4().hex}")
     item_id: str = field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
 
 
@@ -46,7 +45,7 @@ async def create_response(request: Request, wanted: ResponsesRequest) -> Respons
     desk, as_chat = desk_of(request), wanted.as_chat()
     async with until_disconnected(request):
         try:
-            chat = await begin(as_chat, desk=desk, done=request.state.completions)
+            chat = await begin(request, as_chat, name="resp_")
             answerings = await submit(chat, desk=desk, client=client_of(request))
         except ApiError as error:
             raise renamed(error, shift=int(bool(wanted.instructions))) from error
@@ -80,7 +79,7 @@ def response(
     params = asked.chat.prepared.params
     form = None if wanted.text is None else wanted.text.format
     return {
-        "id": asked.id,
+        "id": asked.chat.id,
         "object": "response",
         "created_at": asked.chat.created,
         "completed_at": int(time.time()) if status == "completed" else None,
@@ -176,23 +175,25 @@ async def stream(asked: Asked, answerings: Sequence[Answering], *, desk: Desk) -
     """Yield the events of an answer as its pieces come."""
     write, stripper, tokens = Numbered(), Stripper(), list[dict[str, object]]()
     place = {"item_id": asked.item_id, "output_index": 0, "content_index": 0}
-    for opening in opened(asked, write, place):
-        yield opening
+    yield b"".join(opened(asked, write, place))
     try:
-        async with contextlib.aclosing(together(answerings)) as pieces:
-            async for index, piece in pieces:
-                text, told = piece.text, likelihoods(piece, asked.chat.tokenizer)
-                if asked.request.strip_tags:
-                    text = stripper.push(text, last=piece.completion is not None)
-                tokens += told
-                if text or told:
-                    yield write("output_text.delta", **place, delta=text, logprobs=told)
-                if piece.completion is not None:
-                    await note(asked.chat, answerings[index], piece.completion, desk=desk, choice=index)
-                    for closing in closed(
-                        asked, write, place, Choice(completion=piece.completion, tokens=tokens)
-                    ):
-                        yield closing
+        async with contextlib.aclosing(together(answerings)) as coming:
+            async for index, pieces in coming:
+                written = b""
+                for piece in pieces:
+                    text, told = piece.text, likelihoods(piece, asked.chat.tokenizer)
+                    if asked.request.strip_tags:
+                        text = stripper.push(text, last=piece.completion is not None)
+                    tokens += told
+                    if text or told:
+                        written += write("output_text.delta", **place, delta=text, logprobs=told)
+                completion = pieces[-1].completion
+                if completion is not None:
+                    await note(asked.chat, answerings[index], completion, desk=desk, choice=index)
+                    choice = Choice(completion=completion, tokens=tokens)
+                    written += b"".join(closed(asked, write, place, choice))
+                if written:
+                    yield written
     except Exception as error:
         yield write("failed", response=response(asked, "failed", error=failure(error)))
 

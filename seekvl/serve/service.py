@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -21,7 +21,8 @@ from anyio import CapacityLimiter
 from seekvl.engine.handle import DeadlinePassed, EngineStopped
 from seekvl.engine.request import Piece, Request, SamplingParams
 from seekvl.engine.scheduler import QueueFull
-from seekvl.processing.conversation import Conversation
+from seekvl.processing.conversation import Conversation, Text
+from seekvl.processing.encode import Processor
 from seekvl.processing.picture import PictureLimits
 from seekvl.runtime import PromptTooLongError, SeekVLError
 from seekvl.serve.answerer import Held, Model
@@ -35,6 +36,10 @@ Phase = Literal["starting", "ready", "restarting", "failed", "draining", "stoppe
 
 READERS = 2
 """Threads that turn conversations into model input, beside the engine's."""
+FEW_LETTERS = 2000
+"""Letters of a conversation that are turned into tokens in the event loop, within half a millisecond."""
+PREPARED_BYTES = 128 * 2**20
+"""Most bytes of pictures as the network takes them, kept for the next turn of their conversation."""
 WATCH_SECONDS = 0.25
 """Between two looks at the engine."""
 DRAIN_SECONDS = 0.05
@@ -78,6 +83,7 @@ class Service:
         self._load = load
         self._vlm: Model | None = None
         self._readers = CapacityLimiter(READERS)
+        self._wakes: Wakes | None = None
         self._deaths: list[float] = []
 
     def start(self) -> None:
@@ -86,8 +92,8 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken."""
-        return self.phase == "ready"
+        """Whether a request would be taken: not by an engine that has died and was not looked after yet."""
+        return self.phase == "ready" and self.vlm.engine.alive
 
     @property
     def vlm(self) -> Model:
@@ -99,16 +105,17 @@ class Service:
     async def prepare(
         self, conversation: Conversation, params: SamplingParams, *, max_tiles: int | None = None
     ) -> Request:
-        """Turn a conversation into a request, in a thread.
+        """Turn a conversation into a request: in a thread, unless that would take longer to wake.
 
         Raises ApiError for a prompt that is too long, and for what else the model cannot be asked.
         """
         if not self.ready:
             raise not_ready(self.phase)
+        work = partial(self.vlm.prepare, conversation, params, max_tiles=max_tiles)
         try:
-            return await anyio.to_thread.run_sync(
-                partial(self.vlm.prepare, conversation, params, max_tiles=max_tiles), limiter=self._readers
-            )
+            if max_tiles is None and at_once(conversation, self.vlm.processor):
+                return work()
+            return await anyio.to_thread.run_sync(work, limiter=self._readers)
         except PromptTooLongError as error:
             raise bad_request(str(error), param="messages", code="context_length_exceeded") from error
         except SeekVLError as error:
@@ -123,18 +130,12 @@ class Service:
         """
         if not self.ready:
             raise not_ready(self.phase)
-        drawn_in, arrived = loop or asyncio.get_running_loop(), asyncio.Event()
-
-        def notify() -> None:
-            """Wake the handler; the engine's thread calls this, perhaps after the loop has ended."""
-            try:
-                drawn_in.call_soon_threadsafe(arrived.set)
-            except RuntimeError:
-                log.debug("a piece came after the event loop had ended")
-
+        wakes, drawn_in = self._wakes, loop or asyncio.get_running_loop()
+        if wakes is None or wakes.loop is not drawn_in:
+            wakes = self._wakes = Wakes(drawn_in)
         try:
             handle = self.vlm.engine.submit(
-                request, client=client, deadline=self.settings.answer_seconds, notify=notify
+                request, client=client, deadline=self.settings.answer_seconds, notify=wakes.notify
             )
         except QueueFull as error:
             raise ApiError(status=429, message=str(error), retry_after=RETRY_SECONDS) from error
@@ -144,7 +145,7 @@ class Service:
             raise bad_request(str(error), param="messages", code="context_length_exceeded") from error
         except SeekVLError as error:
             raise bad_request(str(error)) from error
-        return Answering(handle, arrived=arrived, wait_seconds=self.settings.wait_seconds)
+        return Answering(handle, wakes=wakes, wait_seconds=self.settings.wait_seconds)
 
     async def watch(self) -> None:
         """Look after the engine for as long as the server runs; returns when the service has failed."""
@@ -177,6 +178,7 @@ class Service:
             vlm.processor.limits = PictureLimits(
                 max_pixels=self.settings.max_pixels, max_bytes=self.settings.max_picture_bytes
             )
+            vlm.processor.remember(PREPARED_BYTES)
             vlm.renew_engine(queue=self.settings.queue)
             vlm.engine.start()
         except Exception as error:
@@ -219,6 +221,17 @@ class Service:
         self.setup.logs.append(line)
 
 
+def at_once(conversation: Conversation, processor: Processor) -> bool:
+    """Whether a conversation is few words about pictures that are remembered."""
+    letters = sum(
+        len(part.text)
+        for message in conversation.messages
+        for part in message.parts
+        if isinstance(part, Text)
+    )
+    return letters + len(conversation.system or "") <= FEW_LETTERS and processor.remembers(conversation)
+
+
 def not_ready(phase: Phase) -> ApiError:
     """Say that nobody answers now, and whether to come back."""
     why = {
@@ -230,59 +243,94 @@ def not_ready(phase: Phase) -> ApiError:
     return ApiError(status=503, message=why, retry_after=RETRY_SECONDS)
 
 
+class Wakes:
+    """Wakes the handlers of an event loop: by one call into it for all that a step of the engine brought.
+
+    Such a call ends in a system call, in which the engine's thread would lose Python's lock to the loop; one
+    for every token took as long as the rest of what a small model's step does in Python.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.arrived: dict[Held, asyncio.Event] = {}
+        """Of handlers who draw an answer now; for the loop alone."""
+
+    def notify(self, handles: Sequence[Held]) -> None:
+        """Take what the engine says, in its thread and perhaps after the loop has ended."""
+        try:
+            self.loop.call_soon_threadsafe(self._wake, handles)
+        except RuntimeError:
+            log.debug("a piece came after the event loop had ended")
+
+    def _wake(self, handles: Sequence[Held]) -> None:
+        for handle in handles:
+            if (arrived := self.arrived.get(handle)) is not None:
+                arrived.set()
+
+
 class Answering:
     """An answer as a handler draws it; leaving its `pieces` early cancels it."""
 
-    def __init__(self, handle: Held, *, arrived: asyncio.Event, wait_seconds: float) -> None:
-        self._handle, self._arrived, self._wait = handle, arrived, wait_seconds
+    def __init__(self, handle: Held, *, wakes: Wakes, wait_seconds: float) -> None:
+        self._handle, self._wakes, self._wait = handle, wakes, wait_seconds
         self._begun = time.monotonic()
         self.first_seconds: float | None = None
         """From taking the request in to its first piece."""
+        self._failed: ApiError | None = None
 
     def cancel(self) -> None:
         """End the answer before the engine's next step; its last piece says so."""
         self._handle.cancel()
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Yield the pieces as they come, until the one with the completion.
+    async def pieces(self) -> AsyncGenerator[list[Piece], None]:
+        """Yield the pieces as they come, all that are there at once, until the one with the completion.
 
         Raises ApiError: 503 when the engine stopped or did not get to it in time, 400 for what the caller can
         mend, 500 for the rest.
         """
         over = False
+        arrived = self._wakes.arrived[self._handle] = asyncio.Event()
         try:
-            await self._let_in()
             while not over:
-                piece = await self._next()
-                if self.first_seconds is None:
-                    self.first_seconds = time.monotonic() - self._begun
-                over = piece.completion is not None
-                yield piece
+                arrived.clear()
+                pieces = self._come()  # also before the first wait: what came until now woke nobody
+                if pieces:
+                    over = pieces[-1].completion is not None
+                    yield pieces
+                elif self.first_seconds is None:
+                    await self._let_in(arrived)
+                else:
+                    await arrived.wait()
         finally:
+            del self._wakes.arrived[self._handle]
             if not over:
                 self._handle.cancel()
 
-    async def _let_in(self) -> None:
+    async def _let_in(self, arrived: asyncio.Event) -> None:
         """Wait for the first piece, and give up on an answer that nobody begins in time."""
         try:
             async with asyncio.timeout(self._wait):  # wait_for loses a cancel that comes with the piece
-                await self._arrived.wait()
+                await arrived.wait()
         except TimeoutError as error:
             if self._handle.waiting:
                 message = f"no place became free within {self._wait:g} s; try again later"
                 raise ApiError(status=503, message=message, retry_after=RETRY_SECONDS) from error
+            await arrived.wait()
 
-    async def _next(self) -> Piece:
-        """Wait for the next piece."""
-        while True:
-            self._arrived.clear()
-            try:
-                piece = self._handle.poll()
-            except Exception as error:
-                raise failure(error) from error
-            if piece is not None:
-                return piece
-            await self._arrived.wait()
+    def _come(self) -> list[Piece]:
+        """Return the pieces that are there. What made it fail is raised when those before it were drawn."""
+        pieces: list[Piece] = []
+        try:
+            while (piece := self._handle.poll()) is not None:
+                pieces.append(piece)
+        except Exception as error:
+            self._failed = failure(error)
+            self._failed.__cause__ = error
+        if self._failed is not None and not pieces:
+            raise self._failed
+        if pieces and self.first_seconds is None:
+            self.first_seconds = time.monotonic() - self._begun
+        return pieces
 
 
 def failure(error: Exception) -> ApiError:

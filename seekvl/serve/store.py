@@ -1,11 +1,12 @@
 """What outlives a request: predictions and uploaded files, in SQLite, in memory or in a file.
 
-predictions    id, created, ended (null while it runs), size in bytes, its record as JSON
-files          id, created, expires, size in bytes, about it as JSON, its bytes
+predictions    owner, id, created, ended (null while it runs), size in bytes, its record as JSON
+files          id, created, expires, size in bytes, about it as JSON, its bytes, owner
 facts          name, value: what one start of the server tells the next
 
-All work is done in one thread, in the order of the calls; a call that writes returns when its writing is on
-the disk. A file is for one server at a time.
+Nobody finds what another owner has, and two of them may choose the same id. All work is done in one thread,
+in the order of the calls; a call that writes returns when its writing is on the disk. A file is for one
+server at a time.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from seekvl.runtime import SeekVLError
 from seekvl.serve.errors import ApiError
@@ -27,14 +28,27 @@ Found = TypeVar("Found")
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS predictions
-    (id TEXT PRIMARY KEY, created REAL NOT NULL, ended REAL, size INTEGER NOT NULL, record TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS by_age ON predictions (created, id);
-CREATE INDEX IF NOT EXISTS by_end ON predictions (ended, size, id);
+    (owner TEXT NOT NULL, id TEXT NOT NULL, created REAL NOT NULL, ended REAL, size INTEGER NOT NULL,
+     record TEXT NOT NULL, PRIMARY KEY (owner, id));
+CREATE INDEX IF NOT EXISTS by_age ON predictions (owner, created, id);
+CREATE INDEX IF NOT EXISTS by_end ON predictions (ended, size, owner, id);
 CREATE TABLE IF NOT EXISTS files
     (id TEXT PRIMARY KEY, created REAL NOT NULL, expires REAL NOT NULL, size INTEGER NOT NULL,
-     about TEXT NOT NULL, data BLOB NOT NULL);
+     about TEXT NOT NULL, data BLOB NOT NULL, owner TEXT NOT NULL DEFAULT '');
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+WITHOUT_OWNERS = f"""
+BEGIN;
+DROP INDEX by_age;
+DROP INDEX by_end;
+ALTER TABLE predictions RENAME TO former;
+ALTER TABLE files ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+{TABLES}
+INSERT INTO predictions SELECT '', id, created, ended, size, record FROM former;
+DROP TABLE former;
+COMMIT;
+"""
+"""Brings a store of the first form into this one. What is in it belongs to those who ask without a key."""
 PAGE = 50
 """Predictions of a page of the list."""
 PAGE_BYTES = 8 * 2**20
@@ -59,20 +73,22 @@ class Store:
         known, created, ended = asdict(prediction), prediction.created, prediction.ended
         await self._run(lambda: self._save(known, created=created, ended=ended))
 
-    async def prediction(self, name: str) -> Prediction | None:
-        """Return a prediction; None where it is unknown, or was kept long enough."""
+    async def prediction(self, name: str, *, owner: str = "") -> Prediction | None:
+        """Return a prediction; None where it is unknown, somebody else's, or was kept long enough."""
 
         def find() -> Prediction | None:
             row = self._database.execute(
-                "SELECT record FROM predictions WHERE id = ? AND (ended IS NULL OR ended > ?)",
-                (name, time.time() - self.settings.prediction_seconds),
+                "SELECT record FROM predictions WHERE owner = ? AND id = ? AND (ended IS NULL OR ended > ?)",
+                (owner, name, time.time() - self.settings.prediction_seconds),
             ).fetchone()
             return None if row is None else Prediction(**json.loads(row[0]))
 
         return await self._run(find)
 
-    async def predictions(self, *, cursor: str | None) -> tuple[list[Prediction], str | None]:
-        """Return a page of predictions, newest first, and the cursor of the next page.
+    async def predictions(
+        self, *, cursor: str | None, owner: str = ""
+    ) -> tuple[list[Prediction], str | None]:
+        """Return a page of somebody's predictions, newest first, and the cursor of the next page.
 
         Raises ApiError for a cursor that is none.
         """
@@ -80,9 +96,9 @@ class Store:
 
         def find() -> tuple[list[Prediction], str | None]:
             rows = self._database.execute(
-                "SELECT created, id, size, record FROM predictions WHERE (created, id) < (?, ?) "
-                "AND (ended IS NULL OR ended > ?) ORDER BY created DESC, id DESC",
-                (*before, time.time() - self.settings.prediction_seconds),
+                "SELECT created, id, size, record FROM predictions WHERE owner = ? "
+                "AND (created, id) < (?, ?) AND (ended IS NULL OR ended > ?) ORDER BY created DESC, id DESC",
+                (owner, *before, time.time() - self.settings.prediction_seconds),
             )
             page: list[Prediction] = []
             taken, last = 0, ""
@@ -95,12 +111,12 @@ class Store:
 
         return await self._run(find)
 
-    async def forget(self, name: str) -> None:
+    async def forget(self, name: str, *, owner: str = "") -> None:
         """Delete a prediction, as if it had never been asked for."""
 
         def delete() -> None:
             with self._database:
-                self._database.execute("DELETE FROM predictions WHERE id = ?", (name,))
+                self._database.execute("DELETE FROM predictions WHERE owner = ? AND id = ?", (owner, name))
 
         await self._run(delete)
 
@@ -108,33 +124,34 @@ class Store:
         """Keep a file. Raises ApiError (413) where there is no room for it."""
         await self._run(lambda: self._add_file(record, data))
 
-    async def file(self, name: str) -> FileRecord | None:
-        """Return what is known of a file."""
-        row = await self._row("SELECT about FROM files WHERE id = ? AND expires > ?", name)
+    async def file(self, name: str, *, owner: str = "") -> FileRecord | None:
+        """Return what is known of a file; None where it is unknown, somebody else's, or has expired."""
+        row = await self._row("about", name, owner=owner)
         return None if row is None else FileRecord(**json.loads(str(row)))
 
-    async def file_data(self, name: str) -> bytes | None:
-        """Return the bytes of a file."""
-        row = await self._row("SELECT data FROM files WHERE id = ? AND expires > ?", name)
+    async def file_data(self, name: str, *, owner: str = "") -> bytes | None:
+        """Return the bytes of a file; None as above."""
+        row = await self._row("data", name, owner=owner)
         return row if isinstance(row, bytes) else None
 
-    async def files(self) -> list[FileRecord]:
-        """Return all files, newest first."""
+    async def files(self, *, owner: str = "") -> list[FileRecord]:
+        """Return all files of somebody, newest first."""
 
         def find() -> list[FileRecord]:
             rows = self._database.execute(
-                "SELECT about FROM files WHERE expires > ? ORDER BY created DESC, id", (time.time(),)
+                "SELECT about FROM files WHERE owner = ? AND expires > ? ORDER BY created DESC, id",
+                (owner, time.time()),
             )
             return [FileRecord(**json.loads(about)) for (about,) in rows]
 
         return await self._run(find)
 
-    async def delete_file(self, name: str) -> bool:
+    async def delete_file(self, name: str, *, owner: str = "") -> bool:
         """Forget a file; return whether there was one."""
 
         def delete() -> bool:
             with self._database:
-                found = self._database.execute("DELETE FROM files WHERE id = ?", (name,))
+                found = self._database.execute("DELETE FROM files WHERE id = ? AND owner = ?", (name, owner))
             return found.rowcount > 0
 
         return await self._run(delete)
@@ -158,11 +175,12 @@ class Store:
     async def _run(self, work: Callable[[], Found]) -> Found:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def _row(self, query: str, name: str) -> object:
-        """Return the only column of the row of a file that has not expired."""
+    async def _row(self, column: Literal["about", "data"], name: str, *, owner: str) -> object:
+        """Return a column of the row of a file that has not expired."""
+        query = f"SELECT {column} FROM files WHERE id = ? AND owner = ? AND expires > ?"
 
         def find() -> object:
-            row = self._database.execute(query, (name, time.time())).fetchone()
+            row = self._database.execute(query, (name, owner, time.time())).fetchone()
             return None if row is None else row[0]
 
         return await self._run(find)
@@ -171,27 +189,27 @@ class Store:
         record = json.dumps(known)  # here in the thread: a picture makes it long
         with self._database:
             self._database.execute(
-                "INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?)",
-                (known["id"], created, ended, len(record), record),
+                "INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?, ?)",
+                (known["owner"], known["id"], created, ended, len(record), record),
             )
             if ended is not None:
-                self._push_out(keep=str(known["id"]))
+                self._push_out(keep=(str(known["owner"]), str(known["id"])))
 
-    def _push_out(self, *, keep: str) -> None:
+    def _push_out(self, *, keep: tuple[str, str]) -> None:
         """Delete finished predictions that are too old, too many or too large together."""
         self._database.execute(
             "DELETE FROM predictions WHERE ended <= ?", (time.time() - self.settings.prediction_seconds,)
         )
         number, taken, gone = 0, 0, []
         rows = self._database.execute(
-            "SELECT id, size FROM predictions WHERE ended IS NOT NULL ORDER BY ended DESC"
+            "SELECT owner, id, size FROM predictions WHERE ended IS NOT NULL ORDER BY ended DESC"
         )
-        for name, size in rows:
+        for owner, name, size in rows:
             number, taken = number + 1, taken + size
             too_many = number > self.settings.max_predictions
-            if name != keep and (too_many or taken > self.settings.max_prediction_bytes):
-                gone.append((name,))
-        self._database.executemany("DELETE FROM predictions WHERE id = ?", gone)
+            if (owner, name) != keep and (too_many or taken > self.settings.max_prediction_bytes):
+                gone.append((owner, name))
+        self._database.executemany("DELETE FROM predictions WHERE owner = ? AND id = ?", gone)
 
     def _add_file(self, record: FileRecord, data: bytes) -> None:
         most = self.settings.max_file_bytes
@@ -205,8 +223,11 @@ class Store:
                     "others; delete some",
                 )
             self._database.execute(
-                "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)",
-                (record.id, record.created, record.expires, record.size, json.dumps(asdict(record)), data),
+                "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(record.id, record.created, record.expires, record.size),
+                    *(json.dumps(asdict(record)), data, record.owner),
+                ),
             )
 
     def _fail_interrupted(self) -> None:
@@ -228,9 +249,10 @@ def _open(store: str | None) -> sqlite3.Connection:
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
-        database.executescript(TABLES)
+        columns = {name for _, name, *_ in database.execute("PRAGMA table_info(predictions)")}
+        database.executescript(WITHOUT_OWNERS if columns and "owner" not in columns else TABLES)
         with database:  # takes the lock now rather than at the first prediction
-            database.execute("INSERT OR REPLACE INTO facts VALUES ('format', '1')")
+            database.execute("INSERT OR REPLACE INTO facts VALUES ('format', '2')")
     except (OSError, sqlite3.Error) as error:
         raise SeekVLError(f"the store {path} cannot be used: {error}; does another server use it?") from error
     return database

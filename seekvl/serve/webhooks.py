@@ -50,7 +50,17 @@ class Webhooks:
     def __init__(self, settings: Settings) -> None:
         self._web = Web(Rules(allowed=settings.fetch_hosts, max_bytes=0, seconds=SECONDS))
         self._calls: set[asyncio.Task[None]] = set()
+        self._given = settings.webhook_secret is not None
         self.secret = settings.webhook_secret or new_secret()
+
+    def secret_of(self, owner: str) -> str:
+        """Return what the calls of an owner are signed with: what the operator has set, or one that no other
+        owner is told.
+        """
+        if self._given or not owner:
+            return self.secret
+        own = hmac.new(signing_key(self.secret), owner.encode(), hashlib.sha256).digest()
+        return "whsec_" + base64.b64encode(own).decode()
 
     def spawn(self, call: "asyncio.Task[None]") -> None:
         """Look after a call that nobody waits for."""
@@ -66,14 +76,14 @@ class Webhooks:
             if late:
                 log.warning("%d webhooks were not delivered: the server stops", len(late))
 
-    async def call(self, url: str, body: bytes, *, name: str) -> int | None:
+    async def call(self, url: str, body: bytes, *, name: str, owner: str = "") -> int | None:
         """Call once; return the status, None where nothing was reached, NEVER where nothing may be."""
         moment = str(int(time.time()))
         headers = {
             "Content-Type": "application/json",
             "webhook-id": name,
             "webhook-timestamp": moment,
-            "webhook-signature": "v1," + signature(self.secret, name, moment, body),
+            "webhook-signature": "v1," + signature(self.secret_of(owner), name, moment, body),
         }
         try:
             status, _ = await self._web.send(url, body=body, headers=headers)
@@ -82,10 +92,10 @@ class Webhooks:
             return NEVER if isinstance(error, RefusedError) else None
         return status
 
-    async def insist(self, url: str, body: bytes, *, name: str) -> None:
+    async def insist(self, url: str, body: bytes, *, name: str, owner: str = "") -> None:
         """Call until the receiver has taken it, or has refused it, or all tries are used."""
         for pause in (*pauses(), None):
-            status = await self.call(url, body, name=name)
+            status = await self.call(url, body, name=name, owner=owner)
             if status is not None and status != 429 and status < 500:
                 return
             if pause is not None:
@@ -99,6 +109,8 @@ class Webhook:
 
     webhooks: Webhooks
     url: str
+    owner: str = ""
+    """Whose the prediction is."""
     events: frozenset[Event] = frozenset(EVENTS)
     _called: dict[Event, float] = field(default_factory=dict)
     _under_way: "asyncio.Task[None] | None" = None
@@ -120,14 +132,14 @@ class Webhook:
             self.webhooks.spawn(asyncio.create_task(self._last(encoded(body))))
 
     async def _once(self, body: bytes) -> None:
-        await self.webhooks.call(self.url, body, name=_name())
+        await self.webhooks.call(self.url, body, name=_name(), owner=self.owner)
 
     async def _last(self, body: bytes) -> None:
         """Call when the call before has ended, so that the end is what is heard last."""
         if self._under_way is not None:
             await asyncio.wait([self._under_way], timeout=SETTLING)
             self._under_way.cancel()
-        await self.webhooks.insist(self.url, body, name=_name())
+        await self.webhooks.insist(self.url, body, name=_name(), owner=self.owner)
 
 
 def pauses() -> list[float]:

@@ -1,5 +1,7 @@
 import importlib.util
 import json
+import selectors
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -55,12 +57,54 @@ def test_what_may_not_be_ends_with_1(
     status: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    clients = [program.Client(number, count) for number, count in enumerate(tokens)]
+    clients = [program.Client(number, tokens=count) for number, count in enumerate(tokens)]
     clients[0].ended.update(ended)
     early, late = memory
-    load = program.Load(clients, 1.0, [early] * 6 + [late] * 2)
-    args = Namespace(model="m", clients=3, tokens=8, json=True)
-    assert program.report(load, alone=40.0, delays=[0.001, 0.002], args=args) == status
+    load = program.Load(clients, 1.0, 0.5, 0.1, [early] * 6 + [late] * 2)
+    args = Namespace(model="m", clients=3, tokens=8, threads=2, json=True)
+    assert program.report(load, alone=(38.0, 42.0), delays=[0.001, 0.002], args=args) == status
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said["throughput"]["ours"] == sum(tokens)
+    assert (said["throughput"]["ours"], said["throughput"]["peer"]) == (sum(tokens), 40.0)
     assert said["slowest client"]["ratio"] == tokens[0] / 12
+
+
+class Wire:
+    """A server's side of one connection: what it says, in the pieces in which it says it."""
+
+    def __init__(self, program: ModuleType, *pieces: bytes) -> None:
+        self.client, self.selector = program.Client(0), selectors.DefaultSelector()
+        ours, self.client.connection = socket.socketpair()
+        self.selector.register(self.client.connection, selectors.EVENT_READ, self.client)
+        self.outcomes = []
+        with ours:
+            for piece in pieces:
+                ours.sendall(piece)
+                self.outcomes.append(program.read(self.client, selector=self.selector))
+        if self.outcomes[-1] is None:
+            self.outcomes.append(program.read(self.client, selector=self.selector))
+
+
+OK = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+USAGE = b'data: {"usage": {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}}\n\n'
+END = b"e\r\ndata: [DONE]\n\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "outcomes", "tokens", "open_still"),
+    [
+        ((OK + b"x" * 5000, USAGE + END, b"0\r\n\r\n"), [None, None, "200"], 7, True),
+        ((OK[:7], OK[7:] + USAGE + END + b"0\r\n\r\n"), [None, "200"], 7, True),
+        ((OK, USAGE), [None, None, "broken"], 0, False),  # it hung up
+        ((OK + USAGE + b"\r\n0\r\n\r\n",), ["broken"], 0, False),  # it ended without saying so
+        ((b"HTTP/1.1 429 Too Many Requests\r\n",), ["429"], 0, False),
+        ((b"HTTP/1.1 5", b"03 Service Unavailable\r\n"), [None, "503"], 0, False),
+    ],
+)
+def test_what_becomes_of_a_question_is_told_by_its_bytes(
+    program: ModuleType, pieces: tuple[bytes, ...], outcomes: list[str | None], tokens: int, open_still: bool
+) -> None:
+    wire = Wire(program, *pieces)
+    assert wire.outcomes == outcomes
+    assert wire.client.tokens == tokens
+    assert dict(wire.client.ended) == {outcomes[-1]: 1}
+    assert (wire.client.connection is not None) == open_still

@@ -57,7 +57,7 @@ def answer(
         constraint=box_constraint(constrain, tokenizer, end_id=tokenizer.eos_id, room=length),
     )
     while len(sampler.generated) < length:
-        (token,) = choose(scores(len(sampler.generated)).unsqueeze(0), [sampler])
+        token = choose(scores(len(sampler.generated)), sampler)
         if token == tokenizer.eos_id:
             break
         sampler.generated.append(token)
@@ -222,7 +222,7 @@ def test_a_box_that_is_begun_is_gone_on_with(tokenizer: Tokenizer, constrain: Co
         sampler = Sampler(params=SamplingParams(constrain=constrain), constraint=constraint)
         scores = random_scores(tokenizer, end)
         for step in range(99):
-            (token,) = choose(scores(step).unsqueeze(0), [sampler])
+            token = choose(scores(step), sampler)
             if token == tokenizer.eos_id:
                 break
             sampler.generated.append(token)

@@ -23,9 +23,9 @@ def say(texts: Sequence[str], *, room: int, seed: int, end_score: float = 0.0) -
     sampler = Sampler(params=SamplingParams(constrain=list(texts)), constraint=constraint)
     generator = torch.Generator().manual_seed(seed)
     while len(sampler.generated) < room and not constraint.over:
-        logits = torch.randn(1, TOKENIZER.vocab_size + 9, generator=generator)
-        logits[0, TOKENIZER.eos_id] = end_score
-        (token,) = choose(logits, [sampler])
+        logits = torch.randn(TOKENIZER.vocab_size + 9, generator=generator)
+        logits[TOKENIZER.eos_id] = end_score
+        token = choose(logits, sampler)
         if token == TOKENIZER.eos_id:
             break
         sampler.generated.append(token)

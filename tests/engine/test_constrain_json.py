@@ -32,11 +32,11 @@ def say(schema: Mapping[str, object], *, seed: int, most: int = 200) -> str:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([len(TOKENIZER.token_bytes(token)) for token in range(TOKENIZER.vocab_size)])
     while len(sampler.generated) < most and not constraint.over:
-        logits = torch.randn(1, TOKENIZER.vocab_size + 9, generator=generator)
-        logits[0, : TOKENIZER.vocab_size] -= lengths
-        logits[0, TOKENIZER.encode('"')[0]] += 6
-        logits[0, TOKENIZER.eos_id] = 9.0
-        (token,) = choose(logits, [sampler])
+        logits = torch.randn(TOKENIZER.vocab_size + 9, generator=generator)
+        logits[: TOKENIZER.vocab_size] -= lengths
+        logits[TOKENIZER.encode('"')[0]] += 6
+        logits[TOKENIZER.eos_id] = 9.0
+        token = choose(logits, sampler)
         if token == TOKENIZER.eos_id:
             break
         sampler.generated.append(token)

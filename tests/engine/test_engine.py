@@ -3,10 +3,11 @@
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -592,16 +593,51 @@ def test_likelihoods_come_with_their_tokens_and_change_no_answer(
 
 
 def test_a_thread_tells_when_a_piece_has_come(vlm: seekvl.VLM, prompts: list[ModelInput], make: Make) -> None:
-    engine, told = new_engine(vlm), threading.Semaphore(0)
+    engine, told = new_engine(vlm), SimpleQueue[Sequence[Handle]]()
     engine.start()
     try:
-        handle = engine.submit(make(prompts[0], max_new_tokens=5, end_id=-1), notify=told.release)
+        handle = engine.submit(make(prompts[0], max_new_tokens=5, end_id=-1), notify=told.put)
         pieces = []
         while not pieces or pieces[-1].completion is None:
-            assert told.acquire(timeout=60)
-            piece = handle.poll()
-            assert piece is not None
-            pieces.append(piece)
+            assert told.get(timeout=60) == [handle]
+            while (piece := handle.poll()) is not None:
+                pieces.append(piece)
         assert sum(piece.token_id is not None for piece in pieces) == 5
     finally:
         engine.close()
+
+
+def test_a_step_tells_each_asker_once(vlm: seekvl.VLM, prompts: list[ModelInput], make: Make) -> None:
+    engine, ours, theirs = new_engine(vlm), list[Sequence[Handle]](), list[Sequence[Handle]]()
+    asked = [make(prompt, max_new_tokens=6, end_id=-1) for prompt in prompts[:3]]
+    handles = [engine.submit(request, notify=ours.append) for request in asked]
+    other = engine.submit(asked[0], notify=theirs.append)
+    while engine.step():
+        come = [handle for handle in (*handles, other) if handle.wait(seconds=0.0)]
+        told = [handle for calls in (ours, theirs) for call in calls for handle in call]
+        assert set(told) == set(come), "who has a piece was told, and nobody else"
+        assert len(ours) <= 2, "after the prompt, and after the answers"
+        assert len(theirs) <= 2
+        assert len(told) == len(come), "however many pieces it has"
+        assert other not in [handle for call in ours for handle in call]
+        for handle in come:
+            while handle.poll() is not None:
+                pass
+        ours.clear()
+        theirs.clear()
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_who_cancels_or_closes_is_told_of_it(
+    vlm: seekvl.VLM, prompts: list[ModelInput], make: Make, running: bool
+) -> None:
+    engine, told = new_engine(vlm), list[Handle]()
+    handles = [engine.submit(make(prompts[0], end_id=-1), notify=told.extend) for _ in range(3)]
+    while running and any(handle.waiting for handle in handles):
+        engine.step()
+    told.clear()
+    handles[0].cancel()
+    assert told == handles[:1]
+    engine.close()
+    assert told == handles
+    assert [handle.result().finish_reason for handle in handles] == ["cancelled"] * 3

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from seekvl.engine.request import PENALTIES, SamplingParams
-from seekvl.engine.sampler import Sampler, choose, choose_one, distribution, likelihood, penalise, subtract
+from seekvl.engine.sampler import Sampler, choose, distribution, likelihood, peaks, penalise, subtract
 from seekvl.runtime import SeekVLError
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
@@ -13,12 +13,14 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
 
 def draws(count: int = 2000, **params: object) -> Counter[int]:
     sampler = Sampler(params=SamplingParams(seed=7, **params))  # type: ignore[arg-type]
-    return Counter(choose_one(LOGITS, sampler) for _ in range(count))
+    return Counter(choose(LOGITS, sampler) for _ in range(count))
 
 
 def test_temperature_zero_takes_the_largest() -> None:
     rows = torch.stack((LOGITS, LOGITS.flip(0)))
-    assert choose(rows, [Sampler(params=SamplingParams()) for _ in range(2)]) == [1, 2]
+    greedy = Sampler(params=SamplingParams())
+    assert [choose(row, greedy) for row in rows] == [1, 2]
+    assert [choose(row, greedy, peak=peak) for row, peak in zip(rows, peaks(rows), strict=True)] == [1, 2]
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -65,7 +67,7 @@ def test_the_penalty_hits_each_generated_token_once() -> None:
 
 def test_the_penalty_counts_at_temperature_zero() -> None:
     sampler = Sampler(params=SamplingParams(repetition_penalty=2.0), generated=[1])
-    assert choose(LOGITS[None], [sampler]) == [2]
+    assert choose(LOGITS, sampler) == 2
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -75,7 +77,7 @@ def test_the_strongest_penalties_overflow_no_logit(penalty: float, temperature: 
     logits = torch.tensor([3e4, -3e4, 2.0, -1.0])
     scores = penalise(logits, range(4), penalty=penalty)
     assert scores.isfinite().all()
-    assert choose_one(logits, Sampler(params=params, generated=[0, 1, 2, 3])) == 0
+    assert choose(logits, Sampler(params=params, generated=[0, 1, 2, 3])) == 0
 
 
 def test_presence_counts_a_token_once_and_frequency_as_often_as_it_came() -> None:
@@ -84,8 +86,8 @@ def test_presence_counts_a_token_once_and_frequency_as_often_as_it_came() -> Non
     often = SamplingParams(frequency_penalty=1.5)
     assert subtract(LOGITS, [1, 1, 3], often).tolist() == [1.0, 0.0, 2.0, -2.5]
     assert subtract(LOGITS, [], often) is LOGITS
-    assert choose(LOGITS[None], [Sampler(params=once, generated=[1])]) == [2]
-    assert choose(LOGITS[None], [Sampler(params=SamplingParams(presence_penalty=-9.0), generated=[3])]) == [3]
+    assert choose(LOGITS, Sampler(params=once, generated=[1])) == 2
+    assert choose(LOGITS, Sampler(params=SamplingParams(presence_penalty=-9.0), generated=[3])) == 3
 
 
 def test_likelihoods_are_those_of_the_raw_logits() -> None:
@@ -101,7 +103,7 @@ def test_likelihoods_are_those_of_the_raw_logits() -> None:
 def test_a_seed_repeats_and_another_differs() -> None:
     def run(seed: int | None) -> list[int]:
         sampler = Sampler(params=SamplingParams(temperature=5.0, seed=seed))
-        return [choose_one(LOGITS, sampler) for _ in range(40)]
+        return [choose(LOGITS, sampler) for _ in range(40)]
 
     assert run(1) == run(1)
     assert run(1) != run(2)
@@ -111,13 +113,13 @@ def test_a_seed_repeats_and_another_differs() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error(bad: float, temperature: float) -> None:
-    logits = torch.tensor([[0.0, bad, 1.0]])
-    with pytest.raises(SeekVLError, match=r"token 1 of row 0 are not finite"):
-        choose(logits, [Sampler(params=SamplingParams(temperature=temperature))])
+    logits = torch.tensor([0.0, bad, 1.0])
+    with pytest.raises(SeekVLError, match="token 1 are not finite"):
+        choose(logits, Sampler(params=SamplingParams(temperature=temperature)))
 
 
 def test_the_penalty_counts_tokens_of_the_prompt_where_it_is_told_to() -> None:
     params = SamplingParams(repetition_penalty=2.0)
-    assert choose_one(LOGITS, Sampler(params=params)) == 1
-    assert choose_one(LOGITS, Sampler(params=params, prompt=frozenset({1, 3}))) == 2
-    assert choose_one(LOGITS, Sampler(params=params, prompt=frozenset({1}), generated=[2])) == 1
+    assert choose(LOGITS, Sampler(params=params)) == 1
+    assert choose(LOGITS, Sampler(params=params, prompt=frozenset({1, 3}))) == 2
+    assert choose(LOGITS, Sampler(params=params, prompt=frozenset({1}), generated=[2])) == 1

@@ -5,6 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+import seekvl
+from seekvl.engine.pictures import picture_digests
+from seekvl.processing import encode
 from seekvl.processing.conversation import Conversation, Message, Picture, Text, parse_messages
 from seekvl.processing.encode import Processor
 from seekvl.processing.pad_image import PadImageConfig
@@ -225,3 +228,68 @@ def test_the_same_twice(process: Processor) -> None:
     assert first.pixels is not None
     assert second.pixels is not None
     assert torch.equal(first.pixels, second.pixels)
+
+
+def test_a_picture_shown_again_is_not_prepared_again(
+    process: Processor, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Processor(tokenizer, IMAGE_CONFIG, DEEPSEEK)
+    prepared: list[Any] = []
+    prepare = encode.prepare_picture
+
+    def noted(image: Image.Image, *given: Any, **more: Any) -> Any:
+        prepared.append(image)
+        return prepare(image, *given, **more)
+
+    monkeypatch.setattr(encode, "prepare_picture", noted)
+    process.remember(10**6)
+    first, again = process(show(RED, BLUE, "one")), process(show(BLUE, "two", RED))
+    assert prepared == [RED, BLUE]
+    expected = plain(show(BLUE, "two", RED))
+    assert expected.digests is None
+    assert first.digests is not None
+    assert again.digests == first.digests[::-1] == tuple(picture_digests(expected))
+    assert again.pixels is not None
+    assert expected.pixels is not None
+    assert torch.equal(again.pixels, expected.pixels)
+    assert again.picture_sizes == expected.picture_sizes
+    equal = Image.new("RGB", (60, 40), "red")  # another object may have been changed since
+    assert process(show(equal)).digests == first.digests[:1]
+    assert len(prepared) == 5, "two, two by the other processor, and this one"
+
+
+def test_a_remembered_picture_depends_on_what_its_tiles_depend_on() -> None:
+    tiled = seekvl.load(GOLDEN / "vl2-base-like", device="cpu").processor
+    wide = Image.new("RGB", (900, 300), "red")
+    asked = [
+        Conversation((Message("user", (*(Picture(wide, detail=detail) for _ in range(count)), Text("?"))),))
+        for count, detail in ((1, "auto"), (1, "low"), (3, "auto"), (1, "high"))
+    ]
+    expected = [tiled.encode(one).grids for one in asked]
+    bounded = tiled.bounded(1).encode(asked[0]).grids
+    assert len({*expected, bounded}) > 2
+    tiled.remember(10**9)
+    for _ in range(2):
+        assert [tiled.encode(one).grids for one in asked] == expected
+        assert tiled.bounded(1).encode(asked[0]).grids == bounded
+    found = tiled.encode(asked[0])
+    tiled._recent = None
+    assert found.digests == tuple(picture_digests(tiled.encode(asked[0])))
+
+
+def test_a_conversation_is_remembered_when_all_its_pictures_are(process: Processor) -> None:
+    def asked(*shown: Image.Image) -> Conversation:
+        return Conversation((Message("user", (*map(Picture, shown), Text("?"))),))
+
+    assert process.remembers(asked())
+    process.encode(asked(RED))
+    assert not process.remembers(asked(RED)), "nothing is kept unless it was asked for"
+    process.remember(10**6)
+    assert not process.remembers(asked(RED))
+    process.encode(asked(RED))
+    assert process.remembers(asked(RED))
+    assert not process.remembers(asked(RED, RED)), "two may be seen otherwise than one"
+    assert not process.remembers(asked(BLUE))
+    process.remember(10)  # too little for any
+    process.encode(asked(RED))
+    assert not process.remembers(asked(RED))

@@ -63,6 +63,8 @@ def chat_body(**fields: Any) -> dict[str, Any]:
     return {**asked, **fields}
 
 
+LOOP = "event loop"
+"""Name of the thread of a server's event loop."""
 ENDLESS = {"ignore_eos": True}
 """An answer that goes on until the context is full."""
 
@@ -103,7 +105,7 @@ def running(vlm: seekvl.VLM, **changes: Any) -> Iterator[Running]:
     own = seekvl.VLM(vlm.model, vlm.processor)
     app = create_app(settings, load=lambda _: own)
     server = Server(server_config(app, settings), service=app.state.desk.service)
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=server.run, name=LOOP, daemon=True)
     thread.start()
     started = Running(f"http://127.0.0.1:{port}", server, settings)
     try:

@@ -1,9 +1,12 @@
 """Chat completions, asked by the real openai client."""
 
+import asyncio
 import base64
 import enum
 import json
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -12,7 +15,11 @@ import pytest
 from PIL import Image
 
 import seekvl
+from seekvl.engine.request import Piece
 from seekvl.serve import events
+from seekvl.serve.chat import Chat, Writer, chunk, stream
+from seekvl.serve.chat_request import ChatRequest
+from seekvl.serve.errors import ApiError
 from tests.serve.conftest import MODEL, Running, chat_body, held
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -120,8 +127,8 @@ def test_several_choices(client: openai.OpenAI) -> None:
     assert len(set(texts)) > 1
     assert texts == [choice.message.content for choice in again.choices]
     streamed = ["", "", "", ""]
-    for chunk in client.chat.completions.create(**asked, stream=True):
-        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    for part in client.chat.completions.create(**asked, stream=True):
+        streamed[part.choices[0].index] += part.choices[0].delta.content or ""
     assert streamed == texts
 
 
@@ -457,3 +464,55 @@ def test_a_bad_picture_names_its_place(client: openai.OpenAI, url: str, code: st
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": parts}])
     assert caught.value.code == code
     assert caught.value.param == "messages[0].content[1].image_url"
+
+
+ODD = ["a", "", '"', "\\", "\n", "\u2028", "猫", "\x00", '"content": ""', "</s>", "\U0001f600"]
+
+
+def chat_of(**asked: Any) -> Chat:
+    """A request under way, as far as its chunks need it."""
+    request = ChatRequest(model='o/n"content": ""', messages=[{"role": "user", "content": "x"}], **asked)
+    given: Any = None
+    return Chat(
+        id="chatcmpl-1",
+        asked=request,
+        prepared=given,
+        tokenizer=given,
+        model=request.model,
+        pictures=[],
+        notices=[],
+        done=[],
+    )
+
+
+@pytest.mark.parametrize("with_usage", [True, False])
+def test_a_chunk_is_the_same_however_it_is_written(with_usage: bool) -> None:
+    chat = chat_of()
+    writer = Writer(chat, 3, with_usage=with_usage)
+    for text in ODD:
+        whole = chunk(chat, 3, delta={"content": text}, with_usage=with_usage) if text else b""
+        assert writer.write(Piece(text=text, token_id=1)) == whole
+        if text:
+            assert json.loads(whole[6:])["choices"][0]["delta"] == {"content": text}
+
+
+def test_pieces_that_are_there_at_once_are_events_of_one_write() -> None:
+    class Ready:
+        async def pieces(self) -> AsyncGenerator[list[Piece], None]:
+            yield [Piece(text=text, token_id=1) for text in ("one", "", "two")]
+            yield [Piece(text="three", token_id=1)]
+            raise ApiError(status=503, message="gone")
+
+    async def draw() -> list[bytes]:
+        answering: Any = Ready()
+        return [part async for part in stream(chat_of(), [answering], desk=None)]  # type: ignore[arg-type]
+
+    role, first, second, error = asyncio.run(draw())
+    assert role.count(b"data: ") == 1
+    assert [json.loads(line[6:])["choices"][0]["delta"]["content"] for line in lines(first)] == ["one", "two"]
+    assert b"three" in second
+    assert b"gone" in error
+
+
+def lines(part: bytes) -> list[bytes]:
+    return [line for line in part.split(b"\n\n") if line]

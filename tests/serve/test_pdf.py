@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+import socket
 import time
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 from PIL import Image
 
 from seekvl.serve import pdf
-from tests.serve.conftest import Running
+from seekvl.serve.events import COMMENT, EventStream
+from tests.serve.conftest import Running, wait_until
 
 pytest.importorskip("pypdfium2")
 
@@ -104,6 +107,59 @@ def test_a_worker_that_dies_is_told(server: Running, monkeypatch: pytest.MonkeyP
     answer = ask(server, made(1))
     assert answer.status_code == 400
     assert "takes too much" in answer.json()["error"]["message"]
+
+
+def test_pages_that_are_long_in_coming_are_waited_for_with_comments(
+    server: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow = tmp_path / "slow.py"
+    page = (
+        "print(json.dumps({'page': %d, 'pages': 2, 'bytes': 1}), flush=True); print('x', end='', flush=True)"
+    )
+    slow.write_text(f"import json, time\n{page % 1}\ntime.sleep(1)\n{page % 2}\n")
+    monkeypatch.setattr(pdf, "WORKER", slow)
+    monkeypatch.setattr(EventStream.__init__, "__kwdefaults__", {"ended": lambda: None, "seconds": 0.2})
+    answer = ask(server, made(1))
+    assert [page["page"] for page in events(answer)] == [1, 2]
+    first, *between, last = [line for line in answer.text.splitlines() if line]
+    assert first.startswith("data: ")
+    assert last.startswith("data: ")
+    assert set(between) == {COMMENT.decode().strip()}
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_who_leaves_early_ends_the_worker(
+    server: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reads: bool
+) -> None:
+    ended, slow = tmp_path / "pid", tmp_path / "slow.py"
+    head = "json.dumps({'page': 1, 'pages': 2, 'bytes': 1})"
+    slow.write_text(
+        f"import json, os, pathlib, time\npathlib.Path({str(ended)!r}).write_text(str(os.getpid()))\n"
+        f"time.sleep({0 if reads else 0.5})\nprint({head} + '\\nx', end='', flush=True)\ntime.sleep(50)\n"
+    )
+    monkeypatch.setattr(pdf, "WORKER", slow)
+    url = "data:application/pdf;base64," + base64.b64encode(made(1)).decode()
+    asked = httpx.Request("POST", f"{server.url}/v1/page/pdf", json={"pdf": url})
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        lines = [f"{name.decode()}: {value.decode()}" for name, value in asked.headers.raw]
+        connection.sendall(
+            "\r\n".join(("POST /v1/page/pdf HTTP/1.1", *lines, "", "")).encode() + asked.read()
+        )
+        if reads:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: ended.exists() and ended.read_text() != "")
+    wait_until(lambda: pdf._drawn == 0)
+    wait_until(lambda: not runs(int(ended.read_text())))
+
+
+def runs(process: int) -> bool:
+    """Whether a process is there, be it one that has ended and was not looked after yet."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_only_so_many_are_drawn_at_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,20 @@
 """Pictures of requests: what is refused before it is decoded, and what is seen of the others."""
 
+import asyncio
 import base64
 import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import seekvl
+from seekvl.processing.pad_image import upright
+from seekvl.serve import pictures
 from seekvl.serve.errors import ApiError
 from seekvl.serve.fetch import FetchError, TooLargeError
 from seekvl.serve.pictures import PictureDesk, check_pixels, read_data_url, read_file_url
@@ -130,8 +134,6 @@ def test_transparent_pixels_are_laid_on_an_opaque_ground(server: Running, vlm: s
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
-    import asyncio
-
     grey = Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16))
     opened = asyncio.run(PictureDesk(Settings()).decode(encoded(grey), param="image"))
     assert np.array_equal(np.asarray(opened), np.arange(256, dtype=np.uint8).reshape(16, 16))
@@ -209,3 +211,48 @@ def test_too_many_pictures_name_their_place() -> None:
     with pytest.raises(ApiError) as caught:
         PictureDesk(Settings(max_pictures=1)).check_count(2, param="messages")
     assert (caught.value.code, caught.value.param) == ("too_many_images", "messages")
+
+
+def test_a_picture_that_comes_again_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    real = pictures.open_picture
+
+    def noted(data: bytes, **options: Any) -> Image.Image:
+        decoded.append(len(data))
+        return real(data, **options)
+
+    monkeypatch.setattr(pictures, "open_picture", noted)
+    desk = PictureDesk(Settings())
+    noise = Image.effect_noise((400, 400), 90).convert("RGB")  # more than is hashed in the event loop
+    small, large = encoded(Image.new("RGB", (9, 9))), encoded(noise)
+    assert len(small) < pictures.AT_ONCE < len(large)
+
+    async def look(data: bytes) -> Image.Image:
+        return await desk.open(url_of(data), param="image")
+
+    for data in (small, large):
+        first, again = asyncio.run(look(data)), asyncio.run(look(data))
+        assert first is again
+        assert first.tobytes() == real(data).tobytes()
+    assert decoded == [len(small), len(large)]
+    assert asyncio.run(look(encoded(Image.new("RGB", (9, 9), "red")))).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_how_a_kept_picture_is_turned_was_read_already() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    held = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(held, format="PNG", exif=exif)
+    opened = asyncio.run(PictureDesk(Settings()).decode(held.getvalue(), param="image"))
+    assert opened._exif is not None
+    assert opened._exif._loaded, "two threads that read it at once would see half of it"
+
+
+def test_a_damaged_block_of_exif_is_found_damaged_by_everybody(caplog: pytest.LogCaptureFixture) -> None:
+    held = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(held, format="PNG", exif=b"Exif\x00\x00no TIFF at all")
+    desk = PictureDesk(Settings())
+    for asked in (1, 2):
+        opened = asyncio.run(desk.decode(held.getvalue(), param="image"))
+        assert upright(opened).size == (40, 30)
+        assert caplog.text.count("EXIF block cannot be read") == asked

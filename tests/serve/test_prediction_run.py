@@ -12,7 +12,7 @@ import pytest
 import seekvl
 from seekvl.engine.handle import Handle
 from seekvl.serve.errors import ApiError
-from seekvl.serve.service import Answering
+from seekvl.serve.service import Answering, Wakes
 from seekvl.serve.store import Store
 from tests.serve.conftest import Start, running
 from tests.serve.predicting import (  # noqa: F401 - fixtures
@@ -42,8 +42,9 @@ class Nothing:
 
 def test_a_cancel_that_comes_with_the_first_piece_is_heard() -> None:
     async def draw() -> bool:
-        arrived, handle = asyncio.Event(), Nothing()
-        answering = Answering(handle, arrived=arrived, wait_seconds=60)  # type: ignore[arg-type]
+        handle: Any = Nothing()
+        wakes = Wakes(asyncio.get_running_loop())
+        answering = Answering(handle, wakes=wakes, wait_seconds=60)
 
         async def read() -> None:
             async for _ in answering.pieces():
@@ -51,7 +52,7 @@ def test_a_cancel_that_comes_with_the_first_piece_is_heard() -> None:
 
         reading = asyncio.create_task(read())
         await asyncio.sleep(0)
-        arrived.set()
+        wakes.arrived[handle].set()
         await asyncio.sleep(0)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -90,9 +90,9 @@ def test_what_is_wrong_is_known_before_it_is_sent(front: Front) -> None:
 
 
 def test_a_cancelled_answer_ends_with_what_has_come(front: Front) -> None:
-    woken = []
+    woken: list[Any] = []
     request = front.prepare(parse_messages("Hello."), SamplingParams())
-    remote = Remote(request, notify=lambda: woken.append(True))
+    remote = Remote(request, notify=woken.append)
     assert remote.waiting
     assert remote.poll() is None
     remote.put([])
@@ -107,7 +107,7 @@ def test_a_cancelled_answer_ends_with_what_has_come(front: Front) -> None:
     assert ended is not None
     assert (ended.text, ended.token_ids, ended.finish_reason) == ("Hello", (5, 6), "cancelled")
     assert ended.usage.prompt_tokens == request.inputs.bill.total
-    assert len(woken) == 2
+    assert woken == [[remote], [remote]]
 
 
 def test_an_answer_that_fails_raises_where_it_is_drawn(front: Front) -> None:

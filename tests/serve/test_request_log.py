@@ -67,6 +67,26 @@ def test_a_chat_is_answered_again_exactly(logging: tuple[Running, Path]) -> None
     assert streamed.text == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_is_answered_again_by_its_own_id(logging: tuple[Running, Path], stream: bool) -> None:
+    server, folder = logging
+    client = openai.OpenAI(base_url=server.v1, api_key="any", max_retries=0)
+    picture = "data:image/png;base64," + base64.b64encode(SIGN.read_bytes()).decode()
+    parts = [{"type": "input_image", "image_url": picture}, {"type": "input_text", "text": QUESTION}]
+    asked: Any = {"model": FULL, "input": [{"role": "user", "content": parts}], "temperature": 1.5}
+    if stream:
+        *_, last = client.responses.create(**asked, instructions="Be brief.", stream=True)
+        found = last.response
+    else:
+        found = client.responses.create(**asked, instructions="Be brief.")
+    assert found.id.startswith("resp_")
+    assert [path.stem for path in folder.iterdir()] == [found.id]
+    (again,) = replay(found.id, folder)
+    assert again.text == again.then == found.output_text
+    done = CliRunner().invoke(app, ["replay", found.id, "--log-prompts", str(folder)])
+    assert (done.exit_code, done.stdout) == (0, f"{found.output_text}\n")
+
+
 def test_nothing_is_kept_unless_it_was_asked_for(server: Running, tmp_path: Path) -> None:
     assert server.settings.log_prompts is None
     assert server.server.config.app.state.desk.log is None

@@ -1,6 +1,7 @@
 """Answers that nobody waits for, that wait too long, and an engine that dies under them."""
 
 import asyncio
+import base64
 import socket
 import threading
 import time
@@ -12,11 +13,14 @@ import pytest
 
 import seekvl
 from seekvl.engine.engine import Engine
+from seekvl.engine.handle import Handle
+from seekvl.engine.request import Piece
 from seekvl.serve import run, service
 from seekvl.serve.app import create_app
 from seekvl.serve.chat import together
 from seekvl.serve.errors import ApiError
-from tests.serve.conftest import ENDLESS, SETTINGS, Running, Start, chat_body, held, wait_until
+from tests.serve.conftest import ENDLESS, LOOP, SETTINGS, Running, Start, chat_body, held, wait_until
+from tests.serve.predicting import SIGN
 
 CHAT = "/v1/chat/completions"
 
@@ -26,8 +30,23 @@ def client_of(server: Running, **options: Any) -> openai.OpenAI:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_hanging_up_ends_an_answer_within_a_step(server: Running, stream: bool) -> None:
+def test_hanging_up_ends_an_answer_within_a_step(
+    server: Running, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     engine, before = server.engine, server.engine.metrics()
+    steps, cancelled = list[bool](), list[int]()
+    step, cancel = engine.step, Handle.cancel
+
+    def counted() -> bool:
+        steps.append(step())
+        return steps[-1]
+
+    def noted(handle: Handle) -> None:
+        cancelled.append(len(steps))
+        cancel(handle)
+
+    monkeypatch.setattr(engine, "step", counted)
+    monkeypatch.setattr(Handle, "cancel", noted)
     request = httpx.Request("POST", server.url + CHAT, json=chat_body(stream=stream, **ENDLESS))
     lines = [f"{name.decode()}: {value.decode()}" for name, value in request.headers.raw]
     host, port = server.url.removeprefix("http://").split(":")
@@ -35,10 +54,14 @@ def test_hanging_up_ends_an_answer_within_a_step(server: Running, stream: bool) 
         head = "\r\n".join((f"POST {CHAT} HTTP/1.1", *lines, "", "")).encode()
         connection.sendall(head + request.read())
         wait_until(lambda: engine.metrics().generated_tokens > before.generated_tokens + 5)
+        hung_up = time.monotonic()
     wait_until(lambda: engine.metrics().running == 0)
+    assert time.monotonic() - hung_up < 20
     after = engine.metrics()
     assert after.ended.get("cancelled", 0) == before.ended.get("cancelled", 0) + 1
-    assert after.generated_tokens - before.generated_tokens < 1000  # of about 2,000
+    assert cancelled
+    assert len(steps) - cancelled[0] <= 2, "the step under way, and one that finds nothing to do"
+    assert after.generated_tokens - before.generated_tokens < 1500  # of about 2,000
     assert server.chat(max_tokens=1).status_code == 200
 
 
@@ -113,9 +136,10 @@ def test_hanging_up_while_a_request_is_handed_in_leaves_nothing_behind(
 
 
 def _ask_briefly(server: Running) -> None:
-    """Ask and hang up after a second."""
+    """Ask for something that a thread hands in, and hang up after a second."""
+    asked = chat_body(response_format={"type": "json_object"})
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(server.url + CHAT, json=chat_body(**ENDLESS), timeout=1.0, trust_env=False)
+        httpx.post(server.url + CHAT, json=asked, timeout=1.0, trust_env=False)
 
 
 def test_a_full_queue_is_429_and_a_long_wait_503(start: Start) -> None:
@@ -201,6 +225,63 @@ def test_an_engine_that_died_is_started_again(start: Start, monkeypatch: pytest.
     assert server.chat(max_tokens=1).status_code == 200
 
 
+def test_an_engine_that_died_is_not_ready_until_it_is_started_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, go_on = start(), threading.Event()
+    service_, restart = server.server.service, server.server.service._restart
+
+    def slow() -> None:
+        go_on.wait(60)
+        restart()
+
+    monkeypatch.setattr(service_, "_restart", slow)
+    death = Death(1)
+    monkeypatch.setattr(Engine, "_do", lambda engine, plan: death(engine, plan))
+    assert server.chat(max_tokens=1).status_code == 503
+    for _ in range(2):
+        told = server.ask("GET", "/ready")
+        assert (told.status_code, told.json()) == (503, {"status": "restarting"})
+        assert told.headers["retry-after"]
+        refused = server.chat(max_tokens=1)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        assert server.ask("GET", "/health").status_code == 200
+        wait_until(lambda: service_.phase == "restarting")
+    go_on.set()
+    wait_until(lambda: server.ask("GET", "/ready").status_code == 200)
+    assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_a_request_that_fails_takes_nobody_with_it(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = Engine._extend
+
+    def broken(engine: Engine, job: Any, *given: Any, **more: Any) -> None:
+        if job.room == 7 and engine._tasks[job][0].room < 4:
+            raise ValueError("this one cannot be gone on with")
+        extend(engine, job, *given, **more)
+
+    monkeypatch.setattr(Engine, "_extend", broken)
+    expected = server.chat(max_tokens=40, ignore_eos=True).json()["choices"]
+    answers: dict[int, httpx.Response] = {}
+
+    def ask(number: int) -> None:
+        answers[number] = server.chat(max_tokens=7 if number == 2 else 40, ignore_eos=True)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
+    with held(server.engine):
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: server.engine.metrics().waiting == 5)
+    for thread in threads:
+        thread.join(60)
+    failed = answers.pop(2)
+    assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
+    assert "cannot be gone on with" not in failed.text, "that is for the log"
+    for answer in answers.values():
+        assert answer.json()["choices"] == expected
+
+
 def test_a_stream_that_breaks_ends_with_an_error_the_client_raises(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,3 +329,92 @@ def test_what_an_answer_fails_of_decides_the_status() -> None:
     assert service.failure(service.EngineStopped("x")).status == 503
     assert service.failure(seekvl.SeekVLError("x")).status == 400
     assert service.failure(RuntimeError("x")).status == 500
+
+
+class Given:
+    """Stands for a handle that gives what it was made with, all that is there at once."""
+
+    waiting = False
+
+    def __init__(self, *batches: list[Piece | Exception | None]) -> None:
+        self.left = [item for batch in batches for item in (*batch, None)]
+
+    def poll(self) -> Piece | None:
+        found = self.left.pop(0) if self.left else None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def cancel(self) -> None:
+        self.left.clear()
+
+
+def piece(text: str) -> Piece:
+    return Piece(text=text, token_id=1)
+
+
+def test_what_came_before_a_failure_is_drawn_before_it_is_raised() -> None:
+    async def draw() -> list[str]:
+        handle: Any = Given([piece("a"), piece("b"), service.EngineStopped("broken")])
+        answering = service.Answering(handle, wakes=service.Wakes(asyncio.get_running_loop()), wait_seconds=5)
+        coming = answering.pieces()
+        drawn = ["".join(each.text for each in await anext(coming))]
+        with pytest.raises(ApiError, match="broken"):
+            await anext(coming)
+        return drawn
+
+    assert asyncio.run(draw()) == ["ab"]
+
+
+def test_an_asker_is_woken_for_what_comes_and_for_nothing_else() -> None:
+    async def draw() -> tuple[list[str], int]:
+        handle: Any = Given([], [piece("a")], [], [piece("b"), piece("c")])
+        loop = asyncio.get_running_loop()
+        wakes, calls = service.Wakes(loop), 0
+        answering = service.Answering(handle, wakes=wakes, wait_seconds=5)
+        drawn: list[str] = []
+
+        async def read() -> None:
+            async for pieces in answering.pieces():
+                drawn.append("".join(each.text for each in pieces))
+
+        reading = asyncio.create_task(read())
+        while len(drawn) < 2 and calls < 50:
+            calls += 1
+            await loop.run_in_executor(None, wakes.notify, [handle])
+            await asyncio.sleep(0.01)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        assert wakes.arrived == {}, "nobody draws any more"
+        wakes.notify([handle])  # so nobody is woken
+        await asyncio.sleep(0.01)
+        return drawn, calls
+
+    drawn, calls = asyncio.run(draw())
+    assert drawn == ["a", "bc"]
+    assert calls <= 4
+
+
+def test_a_notice_after_the_loop_has_ended_harms_nobody() -> None:
+    loop = asyncio.new_event_loop()
+    wakes = service.Wakes(loop)
+    loop.close()
+    wakes.notify([])
+
+
+def test_only_what_takes_long_is_prepared_in_a_thread(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, threads = start(), list[str]()
+    vlm = server.server.service.vlm
+    prepare = vlm.prepare
+
+    def noted(*given: Any, **more: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return prepare(*given, **more)
+
+    monkeypatch.setattr(vlm, "prepare", noted)
+    picture = "data:image/png;base64," + base64.b64encode(SIGN.read_bytes()).decode()
+    shown = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What?"}]
+    for content in ("Hello.", "Hello. " * 300, shown, shown, [*shown, {"type": "text", "text": "a " * 1000}]):
+        answer = server.chat(messages=[{"role": "user", "content": content}], max_tokens=1)
+        assert answer.status_code == 200
+    assert [name == LOOP for name in threads] == [True, False, False, True, False]

@@ -1,12 +1,14 @@
 """What outlives a request, a restart and a crash."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -298,3 +300,33 @@ def test_a_killed_server_loses_no_finished_prediction(spawn: Callable[[], Proces
             assert found["error"] == INTERRUPTED
     assert second.http.get(f"/v1/files/{file['id']}/content").content == SIGN.read_bytes()
     assert second.end(signal.SIGTERM) == 0
+
+
+def test_whatever_was_said_to_have_ended_when_it_was_killed_is_there_afterwards(
+    spawn: Callable[[], Process],
+) -> None:
+    first, told, enough = spawn(), list[dict[str, Any]](), threading.Event()
+    path, asked = f"{first.url}/v1/models/{FULL}/predictions", {"input": full(temperature=1)}
+
+    def ask() -> None:
+        with httpx.Client(trust_env=False, timeout=60) as http, contextlib.suppress(httpx.TransportError):
+            while True:  # until the server is gone, in the middle of an answer or of its end
+                told.append(http.post(path, json=asked, headers={"Prefer": "wait"}).json())
+                if len(told) >= 20:
+                    enough.set()
+
+    asking = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in asking:
+        thread.start()
+    assert enough.wait(120)
+    assert first.end(signal.SIGKILL) == -signal.SIGKILL
+    for thread in asking:
+        thread.join(60)
+    assert {each["status"] for each in told} == {"succeeded"}
+
+    second = spawn()
+    for each in told:
+        found = second.http.get(f"/v1/predictions/{each['id']}").json()
+        assert {**found, "urls": None} == {**each, "urls": None}
+    page = second.http.get("/v1/predictions").json()["results"]
+    assert {each["status"] for each in page} <= {"succeeded", "failed"}

@@ -135,6 +135,22 @@ def test_calls_are_signed_as_the_client_checks(caller: Running, receiver: Receiv
             Validator.validate(headers=call.headers, **changed)
 
 
+def test_no_holder_of_a_key_can_sign_for_another(start: Start, receiver: Receiver) -> None:  # noqa: F811
+    server = start(fetch_hosts=("127.0.0.1",), api_keys=("first", "second"))
+    heads = [{"Authorization": f"Bearer {key}"} for key in ("first", "second")]
+    body = {"input": full(), "webhook": receiver.url, "webhook_events_filter": ["start", "completed"]}
+    assert server.ask("POST", "/predictions", json=body, headers=heads[0]).json()["status"] == "succeeded"
+    until(lambda: receiver.told("succeeded"))
+    own, other = (
+        WebhookSigningSecret(**server.ask("GET", "/v1/webhooks/default/secret", headers=head).json())
+        for head in heads
+    )
+    for call in receiver.calls:
+        Validator.validate(headers=call.headers, body=call.body.decode(), secret=own)
+        with pytest.raises(WebhookValidationError):
+            Validator.validate(headers=call.headers, body=call.body.decode(), secret=other)
+
+
 def test_a_secret_of_the_operators(start: Start) -> None:
     secret = "whsec_" + base64.b64encode(b"known").decode()
     assert client_of(start(webhook_secret=secret)).webhooks.default.secret().key == secret
@@ -171,7 +187,7 @@ class Silent(Webhooks):
         super().__init__(Settings())
         self.answers, self.asked = list(answers), 0
 
-    async def call(self, url: str, body: bytes, *, name: str) -> int | None:
+    async def call(self, url: str, body: bytes, *, name: str, owner: str = "") -> int | None:
         self.asked += 1
         return self.answers.pop(0) if self.answers else None
 
