@@ -24,10 +24,10 @@ from seekvl.weights.load import load_checkpoint
 from seekvl.weights.quantize import (
     OUTPUT_LIMIT,
     WEIGHT_LIMIT,
-    _numbers,
     candidates,
     int4_values,
     int8_values,
+    numbers_of,
     output_errors,
     quantize_matrix,
     quantize_model,
@@ -273,12 +273,12 @@ def test_a_step_saves_on_the_experts_it_reads() -> None:
 def test_matrices_that_lie_in_a_cache_stay(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    numbers = sorted({_numbers(loaded("vl1-siglip").get_submodule(name)) for name in TOLD})
+    numbers = sorted({numbers_of(loaded("vl1-siglip").get_submodule(name)) for name in TOLD})
     monkeypatch.setattr(room, "SMALLEST", numbers[-1])
     model = fresh("vl1-siglip")
     for matrix in quantize_model(model, "int8"):
         if matrix.name in TOLD:
-            small = _numbers(loaded("vl1-siglip").get_submodule(matrix.name)) < numbers[-1]
+            small = numbers_of(loaded("vl1-siglip").get_submodule(matrix.name)) < numbers[-1]
             assert (matrix.kind is None) is small
             assert ("numbers lie in a cache" in matrix.reason) is small
     assert not caplog.records
