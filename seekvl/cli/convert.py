@@ -43,8 +43,8 @@ def convert(
     calibrate: Annotated[
         str | None,
         typer.Option(
-            help='Round by what the model answers about pictures: "drawn", those of seekvl\'s own corpus, or a '
-            "folder of yours, where a.txt may hold the question about a.png. Takes minutes; wants --quantize.",
+            help='Round by what the model answers about pictures: "drawn", those of seekvl\'s own corpus, or '
+            "a folder of yours, where a.txt may hold the question about a.png. Wants --quantize.",
             show_default=False,
         ),
     ] = None,
@@ -55,8 +55,9 @@ def convert(
     agreement: Annotated[
         float | None,
         typer.Option(
-            help="Share of answers that shall stay word for word, 0 to 1: matrices that would change more stay "
-            "in int8, or as they were. By default only the outputs of each matrix are bounded. Wants --calibrate.",
+            help="Share of answers that shall stay word for word, 0 to 1: matrices that would change more "
+            "are kept in int8, or as they were. By default only the outputs of each are bounded. Wants "
+            "--calibrate.",
             min=0.0,
             max=1.0,
             show_default=False,
@@ -94,9 +95,10 @@ def convert(
     A quantised folder opens like any other, at once, and answers on the CPU. What of it is stored in which
     form, and how far that is off, is printed at the end.
     """
-    _check(
-        quantize, layout=layout, calibrate=calibrate, pictures=pictures, agreement=agreement, least=smallest
-    )
+    _check(quantize, layout=layout, calibrate=calibrate, smallest=smallest)
+    if calibrate is None and (pictures is not None or agreement is not None):
+        hint = "--pictures" if agreement is None else "--agreement"
+        raise typer.BadParameter("goes with --calibrate drawn, or a folder", param_hint=hint)
     with options.waiting_line(f"loading {source}"):
         import torch
 
@@ -149,24 +151,13 @@ def convert(
     _report(target, matrices, json=json)
 
 
-def _check(
-    quantize: str | None,
-    *,
-    layout: str | None,
-    calibrate: str | None,
-    pictures: int | None,
-    agreement: float | None,
-    least: int | None,
-) -> None:
+def _check(quantize: str | None, *, layout: str | None, calibrate: str | None, smallest: int | None) -> None:
     """Refuse options that do not belong together."""
     if quantize is not None and layout == "transformers":
         raise typer.BadParameter("quantised checkpoints have the official layout", param_hint="--layout")
-    for hint, value in (("--calibrate", calibrate), ("--smallest", least)):
+    for hint, value in (("--calibrate", calibrate), ("--smallest", smallest)):
         if quantize is None and value is not None:
             raise typer.BadParameter("goes with --quantize int8 or int4", param_hint=hint)
-    for hint, number in (("--pictures", pictures), ("--agreement", agreement)):
-        if calibrate is None and number is not None:
-            raise typer.BadParameter("goes with --calibrate drawn, or a folder", param_hint=hint)
 
 
 def _calibrated(
@@ -178,8 +169,8 @@ def _calibrated(
     agreement: float | None,
     smallest: int | None,
 ) -> "Iterator[Part]":
-    """Yield what becomes of each matrix by what the model answers about pictures; asked when it is drawn from,
-    after the folder to write has been looked at.
+    """Yield what becomes of each matrix by what the model answers about pictures. It is asked when the first
+    is drawn, after the folder to write has been looked at.
     """
     from seekvl.recipes.calibration import calibration_passages
     from seekvl.vlm import VLM
@@ -188,9 +179,8 @@ def _calibrated(
 
     check_plain(checkpoint.model, kind)
     vlm = VLM(checkpoint.model, checkpoint.processor)
-    passages = calibration_passages(
-        vlm, calibrate, n=pictures, progress=options.counting_line("answered", "questions")
-    )
+    answered = options.counting_line("answered", "questions")
+    passages = calibration_passages(vlm, calibrate, n=pictures, progress=answered)
     vlm.engine.close()
     yield from calibrated_parts(
         checkpoint.model,

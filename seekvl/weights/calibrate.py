@@ -8,10 +8,10 @@
                 is asked for, a share of the answers stands
 
 An answer changes where the second likeliest token overtakes the first: what counts is how far the gap of
-their logits moves, at places where it is narrow. To first order that is the sum over the outputs y of a matrix
-of (d gap / d y) (y' - y); one backward pass of the plain model gives it for all matrices and formats together.
-The p places of a passage go in with random signs, so that the sum is as large as one of them times the root
-of p. Matrices add up as independent errors do, by their squares.
+their logits moves, at places where it is narrow. To first order that is the sum over the outputs y of a
+matrix of (d gap / d y) (y' - y); one backward pass of the plain model gives it for all matrices and formats
+together. The p places of a passage go in with random signs, so that the sum is as large as one of them times
+the root of p. Matrices add up as independent errors do, by their squares.
 
 Vision and adaptor stay: towers are no faster in eight bits (docs/quantization.md).
 
@@ -193,12 +193,12 @@ def _fit(
     def fit(name: str, x: Tensor, experts: Tensor | None) -> None:
         """Round the module by its inputs x[..., i]."""
         module = modules[name]
-        if isinstance(module, Experts):
-            assert experts is not None
-            factors, state.bare[name] = inputs.of_experts(module, x, experts)
-        else:
-            factors = inputs.of_linear(x)
         try:
+            if isinstance(module, Experts):
+                assert experts is not None
+                factors, state.bare[name] = inputs.of_experts(module, x, experts)
+            else:
+                factors = inputs.of_linear(x)
             done = {kind: _Fitted(*quantize_module(module, kind, factors=factors)) for kind in kinds}
         except SeekVLError as fault:
             raise SeekVLError(f"{name} cannot be quantised: {fault}") from fault
@@ -454,11 +454,11 @@ def _choose(model: AnyVL, state: _State, *, allowed: float) -> dict[str, Kind]:
 
 
 def _options(model: AnyVL, state: _State, names: Sequence[str]) -> dict[Kind | None, tuple[float, float]]:
-    """Return the bytes of modules of one unit and the square of what they move, in each format that suits them;
-    what stays is counted in half precision.
+    """Return the bytes of modules of one unit and the square of what they move, in each format that suits
+    them.
     """
     modules = [model.get_submodule(name) for name in names]
-    plain = 2 * sum(x.numel() for module in modules for x in module.parameters(recurse=False))
+    plain = sum(x.nbytes for module in modules for x in module.parameters(recurse=False))
     options: dict[Kind | None, tuple[float, float]] = {None: (float(plain), 0.0)}
     for kind, form in state.fitted[names[0]].items():
         if not any(_why_not(state.fitted[name][kind], kind) for name in names):
@@ -473,16 +473,17 @@ def allowed_shift(gaps: Sequence[Tensor], *, agreement: float) -> float:
 
     >>> gaps = [torch.tensor([0.01 * index, 3.0]) for index in range(100)]
     >>> round(allowed_shift(gaps, agreement=0.9), 3), round(allowed_shift(gaps, agreement=0.99), 3)
-    (0.238, 0.023)
+    (0.244, 0.024)
     """
-    target = max(1 - agreement, CHANGED / len(gaps))
-    low, high = 0.0, 1e6
-    if standing(gaps, high) >= 1 - target:
-        return math.inf if standing(gaps, high) >= agreement else 0.0
+    wish, low, high = 1 - agreement, 0.0, 1e6
+    most = 1 - standing(gaps, high)
+    if wish >= most:
+        return math.inf
+    target = max(wish, min(CHANGED / len(gaps), most / 2))
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if standing(gaps, middle) >= 1 - target else (low, middle)
-    return low * (1 - agreement) / target
+        low, high = (middle, high) if 1 - standing(gaps, middle) <= target else (low, middle)
+    return low * wish / target
 
 
 def standing(gaps: Sequence[Tensor], deviation: float) -> float:

@@ -87,9 +87,11 @@ def feedback_factor(inputs: Tensor) -> Tensor:
         curvature.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(curvature)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse: Tensor = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
-                return upper
+                found: Tensor = upper
+                return found
     raise SeekVLError("its inputs lie in so few directions that float32 cannot take their measure")
 
 
