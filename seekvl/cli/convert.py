@@ -113,41 +113,40 @@ def convert(
         # a CPU computes in float16 slowly and roughly, and calibrating is computing
         computed = torch.float32 if calibrate is not None and wanted == torch.float16 else wanted
         checkpoint = load_checkpoint(source, device="cpu", dtype=computed or "auto")
-    config, tokenizer = checkpoint.config, checkpoint.folder / "tokenizer.json"
-    matrices: Sequence[Matrix] = ()
     if quantize is None:
         with options.waiting_line(f"writing {target}"):
             save_checkpoint(
                 checkpoint.model,
                 target,
-                config=config,
-                tokenizer=tokenizer,
+                config=checkpoint.config,
+                tokenizer=checkpoint.folder / "tokenizer.json",
                 layout=layout,
                 overwrite=overwrite,
             )
-    else:
-        parts = None
-        if calibrate is not None:
-            parts = _calibrated(
-                checkpoint,
-                quantize,
-                calibrate=calibrate,
-                pictures=pictures,
-                agreement=agreement,
-                smallest=smallest,
-            )
-        matrices = save_quantized(
-            checkpoint.model,
-            target,
-            kind=quantize,
-            config=config,
-            tokenizer=tokenizer,
-            dtype=wanted,
-            overwrite=overwrite,
+        _report(target, (), json=json)
+        return
+    parts = None
+    if calibrate is not None:
+        parts = _calibrated(
+            checkpoint,
+            quantize,
+            calibrate=calibrate,
+            pictures=pictures,
+            agreement=agreement,
             smallest=smallest,
-            parts=parts,
-            progress=options.matrices_line(),
         )
+    matrices = save_quantized(
+        checkpoint.model,
+        target,
+        kind=quantize,
+        config=checkpoint.config,
+        tokenizer=checkpoint.folder / "tokenizer.json",
+        dtype=wanted,
+        overwrite=overwrite,
+        smallest=smallest,
+        parts=parts,
+        progress=options.matrices_line(),
+    )
     _report(target, matrices, json=json)
 
 
@@ -189,6 +188,7 @@ def _calibrated(
         agreement=agreement,
         smallest=smallest,
         progress=options.counting_line("rounded", "matrices"),
+        measured=options.counting_line("measured", "answers"),
     )
 
 

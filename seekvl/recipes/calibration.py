@@ -1,4 +1,4 @@
-"""Questions about pictures, and what a model answers to them: what `weights.calibrate` rounds a model by.
+"""Questions about pictures, and what a model answers to them: what `weights.calibrate` rounds it by.
 
     drawn      pictures of seekvl's own corpus, a question of each kind in turn
     a folder   its pictures; beside a.png may lie a.txt with the question, else one of `QUESTIONS` is asked
@@ -18,7 +18,7 @@ from seekvl.processing.conversation import Conversation
 from seekvl.recipes.answer_file import SUFFIXES
 from seekvl.runtime import SeekVLError, is_whole
 from seekvl.vlm import VLM, Answer, user_message
-from seekvl.weights.calibrate import Passage
+from seekvl.weights.effects import Passage
 
 DRAWN = "drawn"
 PASSAGES = 320

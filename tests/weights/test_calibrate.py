@@ -13,7 +13,9 @@ from seekvl.models.quantized import KINDS, Kind, QuantizedExperts, quantized_mod
 from seekvl.models.vl2 import AnyVL
 from seekvl.runtime import SeekVLError
 from seekvl.weights import calibrate as room
-from seekvl.weights.calibrate import Passage, allowed_shift, calibrated_parts, standing
+from seekvl.weights import effects
+from seekvl.weights.calibrate import calibrated_parts
+from seekvl.weights.effects import Passage, allowed_shift, measure, standing, unit_of
 from seekvl.weights.load import Checkpoint, load_checkpoint
 from seekvl.weights.quantize import Matrix, packed_bytes, quantize_matrix, quantize_model
 from seekvl.weights.read_quantized import stored_matrices
@@ -85,7 +87,7 @@ def test_all_of_a_language_model_and_nothing_of_the_towers(folder: str, kind: Ki
 def test_what_moves_gaps_is_what_putting_it_there_moves(
     folder: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "NEAR", math.inf)
+    monkeypatch.setattr(effects, "NEAR", math.inf)
     monkeypatch.setattr(room, "OUTPUT_LIMIT", {"int8": 1.0})
     some = passages(folder, places=1)
     model = loaded(folder).model
@@ -121,7 +123,7 @@ def test_the_less_answers_may_change_the_less_is_saved(kind: Kind, monkeypatch: 
         matrices = calibrated("vl1-siglip", kind, agreement=0.5)
         language = [matrix for matrix in matrices if matrix.name.startswith("language.")]
         sizes.append(size(model, language))
-        moved = {room._unit(m.name): m.moved for m in language if m.kind is not None}
+        moved = {unit_of(m.name): m.moved for m in language if m.kind is not None}
         assert sum(one**2 for one in moved.values() if one is not None) <= allowed**2
         kinds = {m.name: m.kind for m in language}
         for name in kinds:
@@ -200,8 +202,8 @@ def test_what_filled_rows_up_changes_nothing() -> None:
     for _, part in calibrated_parts(model, "int8", [long, *short]):
         if part is not None:
             assert all(tensor.isfinite().all() for tensor in part.buffers() if tensor.dtype != torch.uint8)
-    gaps: list[Tensor] = room._measure(model, [long, *short], state=room._State())
-    alone = room._measure(model, [short[3]], state=room._State())[0]
+    gaps: list[Tensor] = measure(model, [long, *short], forms={})
+    alone = measure(model, [short[3]], forms={})[0]
     assert any(gap.shape == alone.shape and torch.allclose(gap, alone, atol=1e-4) for gap in gaps)
 
 
