@@ -63,7 +63,7 @@ class Distance:
 
     def add_logits(self, plain: "Tensor", other: "Tensor") -> None:
         """Take in the logits f32[t, v] of t places."""
-        p, q = plain.log_softmax(dim=-1), other.log_softmax(dim=-1)
+        p, q = plain.double().log_softmax(dim=-1), other.double().log_softmax(dim=-1)
         self.places += len(p)
         self.divergence += float((p.exp() * (p - q)).sum())
         self.likeliest += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())

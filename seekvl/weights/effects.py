@@ -90,7 +90,7 @@ def measure(
         with torch.no_grad():
             hidden = model.hidden(embeds)
             gap, _ = _gap(_logits(model, _rows(hidden, batch)))
-            found = list(gap.split([passage.places for passage in batch]))
+            found = list(torch.split(gap, [passage.places for passage in batch]))
         gaps += found
         near = [index for index, gap in enumerate(found) if (gap < NEAR).any()]
         if near and forms:

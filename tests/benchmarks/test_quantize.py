@@ -41,7 +41,7 @@ def test_both_formats_of_nano_and_a_miniature() -> None:
 
 
 def test_bfloat16_is_a_format_too() -> None:
-    done = run("--n", "2", "--models", "seekvl-nano", "--formats", "bfloat16", "--threads", "1", "--json")
+    done = run("--n", "4", "--models", "seekvl-nano", "--formats", "bfloat16", "--threads", "1", "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert list(figures) == ["seekvl-nano, bfloat16"]
