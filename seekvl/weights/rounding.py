@@ -27,8 +27,10 @@ DAMPING = 0.01
 (2210.17323, sec. 3.3).
 """
 
-BLOCK = 128
-"""Columns whose errors reach all later ones in one product; a multiple of `GROUP`."""
+BLOCK = GROUP
+"""Columns whose errors reach all later ones in one product, a multiple of `GROUP`: within a block each column
+goes over the rest of it by itself, which is slower.
+"""
 
 
 def int8_values(weight: Tensor) -> tuple[Tensor, Tensor]:
