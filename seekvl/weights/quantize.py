@@ -62,6 +62,8 @@ in int4; more than this means numbers that the format does not suit.
 
 CHUNK = 1 << 21
 """Numbers of a matrix that are worked on at once: bounds the memory beside the weights, to about 100 MB."""
+FEEDBACK_CHUNK = 1 << 24
+"""The same where errors are fed back: each column costs a dozen small operations, however many rows it has."""
 
 SAMPLED_ROWS = 64
 """Inputs of a vision matrix that its outputs are compared for."""
@@ -111,7 +113,8 @@ def quantize_matrix(weight: Tensor, kind: Kind, *, factor: Tensor | None = None)
     """
     o, i = weight.shape
     packed = torch.empty(packed_shape(kind, o, i), dtype=torch.uint8)
-    rows = max(CHUNK // i // TILE_ROWS, 1) * TILE_ROWS
+    chunk = CHUNK if factor is None else FEEDBACK_CHUNK
+    rows = max(chunk // i // TILE_ROWS, 1) * TILE_ROWS
     wrong = total = 0.0
     for first in range(0, o, rows):
         part = weight[first : first + rows].detach().float()
