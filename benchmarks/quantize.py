@@ -37,6 +37,8 @@ MINIATURES = ("vl1-siglip", "vl1-hybrid", "vl2-tiny-like", "vl2-base-like")
 FORMATS = ("bfloat16", "int8", "int4")
 OVERLAP = 0.9
 """IoU from which two boxes are taken for alike."""
+GOLDEN_PICTURES = 32
+"""Pictures that miniatures are calibrated by, at most: enough for weights without meaning."""
 COMPARED = 100
 """Answers whose logits are compared."""
 COORDINATES = re.compile(r"\[\[.*?\]\]")
@@ -135,7 +137,8 @@ def others(
             continue
         if passages is None:
             asked = seekvl.load(folder, device="cpu", dtype="float32")
-            passages = calibration_passages(asked, "drawn", n=args.pictures)
+            pictures = args.pictures if bundled else min(args.pictures, GOLDEN_PICTURES)
+            passages = calibration_passages(asked, "drawn", n=pictures)
         for agreement in (None, *(args.agreement if bundled else ())):
             other = seekvl.load(folder, device="cpu", dtype="float32")
             parts = calibrated_parts(other.model, kind, passages, agreement=agreement, smallest=args.smallest)

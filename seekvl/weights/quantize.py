@@ -63,7 +63,7 @@ in int4; more than this means numbers that the format does not suit.
 CHUNK = 1 << 21
 """Numbers of a matrix that are worked on at once: bounds the memory beside the weights, to about 100 MB."""
 FEEDBACK_CHUNK = 1 << 24
-"""The same where errors are fed back: each column costs a dozen small operations, however many rows it has."""
+"""The same where errors are fed back: a column costs a dozen small operations, however many rows it has."""
 
 SAMPLED_ROWS = 64
 """Inputs of a vision matrix that its outputs are compared for."""
