@@ -73,6 +73,7 @@ def load(
     preprocessing: Preprocessing = "seekvl",
     max_tokens: int | None = None,
     max_tiles: int | None = None,
+    smallest: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "VLM":
     """Load a bundled model (seekvl-nano, seekvl-nano-moe), a folder in the official or the transformers
@@ -89,6 +90,8 @@ def load(
     quantize: "int8" or "int4" turns the weights into whole numbers on the way in, for the CPU; a folder made
     by `seekvl convert --quantize` has them already and opens at once. On a GPU torchao (extra `gpu`) turns
     them, into "fp8" as well; see `weights.weight_only` for what stays plain there.
+    smallest: numbers of the smallest matrix that `quantize` turns on the CPU; None leaves those plain that
+    lie in a core's own cache, 0 turns every one.
     progress: is told how many matrices are quantised, of how many.
 
     Raises SeekVLError for what cannot be loaded.
@@ -104,6 +107,7 @@ def load(
         max_tokens=max_tokens,
         max_tiles=max_tiles,
         quantize=quantize,
+        smallest=smallest,
         progress=progress,
     )
     return VLM(checkpoint.model, checkpoint.processor)

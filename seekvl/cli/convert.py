@@ -9,9 +9,10 @@ import typer
 from seekvl.cli import options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from seekvl.weights.quantize import Matrix
+    from seekvl.weights.load import Checkpoint
+    from seekvl.weights.quantize import Matrix, Part
 
 EXAMPLE = (
     "Example: seekvl convert ~/models/deepseek-vl-1.3b-chat ~/models/deepseek-vl-1.3b-int4 --quantize int4"
@@ -39,6 +40,38 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help='Round by what the model answers about pictures: "drawn", those of seekvl\'s own corpus, or '
+            "a folder of yours, where a.txt may hold the question about a.png. Wants --quantize.",
+            show_default=False,
+        ),
+    ] = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(help="Pictures to calibrate by; at most 320 by default.", min=2, show_default=False),
+    ] = None,
+    agreement: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of answers that shall stay word for word, 0 to 1: matrices that would change more "
+            "are kept in int8, or as they were. By default only the outputs of each are bounded. Wants "
+            "--calibrate.",
+            min=0.0,
+            max=1.0,
+            show_default=False,
+        ),
+    ] = None,
+    smallest: Annotated[
+        int | None,
+        typer.Option(
+            help="Numbers of the smallest matrix to quantise; by default 262,144, below which nothing is "
+            "gained. 0 takes every one.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
     layout: Annotated[
         Literal["official", "transformers"] | None,
         typer.Option(
@@ -62,9 +95,13 @@ def convert(
     A quantised folder opens like any other, at once, and answers on the CPU. What of it is stored in which
     form, and how far that is off, is printed at the end.
     """
-    if quantize is not None and layout == "transformers":
-        raise typer.BadParameter("quantised checkpoints have the official layout", param_hint="--layout")
+    _check(quantize, layout=layout, calibrate=calibrate, smallest=smallest)
+    if calibrate is None and (pictures is not None or agreement is not None):
+        hint = "--pictures" if agreement is None else "--agreement"
+        raise typer.BadParameter("goes with --calibrate drawn, or a folder", param_hint=hint)
     with options.waiting_line(f"loading {source}"):
+        import torch
+
         from seekvl.runtime import DTYPES
         from seekvl.weights.config import read_config
         from seekvl.weights.load import find_folder, load_checkpoint
@@ -73,30 +110,86 @@ def convert(
 
         stored = read_config(find_folder(source)).dtype
         wanted = DTYPES[dtype] if dtype is not None else stored
-        checkpoint = load_checkpoint(source, device="cpu", dtype=wanted or "auto")
-    config, tokenizer = checkpoint.config, checkpoint.folder / "tokenizer.json"
-    matrices: Sequence[Matrix] = ()
+        # a CPU computes in float16 slowly and roughly, and calibrating is computing
+        computed = torch.float32 if calibrate is not None and wanted == torch.float16 else wanted
+        checkpoint = load_checkpoint(source, device="cpu", dtype=computed or "auto")
     if quantize is None:
         with options.waiting_line(f"writing {target}"):
             save_checkpoint(
                 checkpoint.model,
                 target,
-                config=config,
-                tokenizer=tokenizer,
+                config=checkpoint.config,
+                tokenizer=checkpoint.folder / "tokenizer.json",
                 layout=layout,
                 overwrite=overwrite,
             )
-    else:
-        matrices = save_quantized(
-            checkpoint.model,
-            target,
-            kind=quantize,
-            config=config,
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-            progress=options.matrices_line(),
+        _report(target, (), json=json)
+        return
+    parts = None
+    if calibrate is not None:
+        parts = _calibrated(
+            checkpoint,
+            quantize,
+            calibrate=calibrate,
+            pictures=pictures,
+            agreement=agreement,
+            smallest=smallest,
         )
+    matrices = save_quantized(
+        checkpoint.model,
+        target,
+        kind=quantize,
+        config=checkpoint.config,
+        tokenizer=checkpoint.folder / "tokenizer.json",
+        dtype=wanted,
+        overwrite=overwrite,
+        smallest=smallest,
+        parts=parts,
+        progress=options.matrices_line(),
+    )
     _report(target, matrices, json=json)
+
+
+def _check(quantize: str | None, *, layout: str | None, calibrate: str | None, smallest: int | None) -> None:
+    """Refuse options that do not belong together."""
+    if quantize is not None and layout == "transformers":
+        raise typer.BadParameter("quantised checkpoints have the official layout", param_hint="--layout")
+    for hint, value in (("--calibrate", calibrate), ("--smallest", smallest)):
+        if quantize is None and value is not None:
+            raise typer.BadParameter("goes with --quantize int8 or int4", param_hint=hint)
+
+
+def _calibrated(
+    checkpoint: "Checkpoint",
+    kind: Literal["int8", "int4"],
+    *,
+    calibrate: str,
+    pictures: int | None,
+    agreement: float | None,
+    smallest: int | None,
+) -> "Iterator[Part]":
+    """Yield what becomes of each matrix by what the model answers about pictures. It is asked when the first
+    is drawn, after the folder to write has been looked at.
+    """
+    from seekvl.recipes.calibration import calibration_passages
+    from seekvl.vlm import VLM
+    from seekvl.weights.calibrate import calibrated_parts
+    from seekvl.weights.quantize import check_plain
+
+    check_plain(checkpoint.model, kind)
+    vlm = VLM(checkpoint.model, checkpoint.processor)
+    answered = options.counting_line("answered", "questions")
+    passages = calibration_passages(vlm, calibrate, n=pictures, progress=answered)
+    vlm.engine.close()
+    yield from calibrated_parts(
+        checkpoint.model,
+        kind,
+        passages,
+        agreement=agreement,
+        smallest=smallest,
+        progress=options.counting_line("rounded", "matrices"),
+        measured=options.counting_line("measured", "answers"),
+    )
 
 
 def _report(target: Path, matrices: "Sequence[Matrix]", *, json: bool) -> None:
@@ -119,3 +212,8 @@ def _report(target: Path, matrices: "Sequence[Matrix]", *, json: bool) -> None:
     for matrix in matrices:
         if matrix.kind is None:
             typer.echo(f"as it was: {matrix.name}: {matrix.reason}")
+        if matrix.bare:
+            experts = ", ".join(map(str, matrix.bare))
+            typer.echo(
+                f"rounded by themselves, as too few tokens came to them: {matrix.name}: experts {experts}"
+            )

@@ -94,12 +94,17 @@ def awaited(pieces: Iterator[Awaited]) -> Iterator[Awaited]:
 
 def matrices_line() -> Callable[[int, int], None]:
     """Return what shows on a terminal how many matrices are quantised."""
+    return counting_line("quantised", "matrices")
+
+
+def counting_line(done_to: str, things: str) -> Callable[[int, int], None]:
+    """Return what shows on a terminal how many of so many things something has been done to."""
     live = sys.stderr.isatty()
 
     def show(done: int, total: int) -> None:
         """Tell how far it is."""
         if live:
-            typer.echo(f"\r\033[Kquantised {done} of {total} matrices", err=True, nl=done == total)
+            typer.echo(f"\r\033[K{done_to} {done} of {total} {things}", err=True, nl=done == total)
 
     return show
 

@@ -59,13 +59,14 @@ def load_checkpoint(
     max_tokens: int | None = None,
     max_tiles: int | None = None,
     quantize: str | None = None,
+    smallest: int | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Load a checkpoint of either layout: a bundled model, a folder, or a hub id.
 
     `quantize` turns the matrices of a plain checkpoint into "int8" or "int4" on the way in (see
-    `weights.quantize`; on a GPU also into "fp8", see `weights.weight_only`), and `progress` is told how far
-    that is; a folder that `save_quantized` wrote needs neither.
+    `weights.quantize`, for `smallest`, too; on a GPU also into "fp8", see `weights.weight_only`), and
+    `progress` is told how far that is; a folder that `save_quantized` wrote needs neither.
 
     `max_tokens` bounds a prompt: by default the 4,096 tokens the checkpoints were trained on, at most the
     positions they have. `max_tiles` bounds the tiles of a picture in DeepSeek-VL2; None takes its rule.
@@ -82,7 +83,7 @@ def load_checkpoint(
     if on_gpu is not None:
         quantize_on_gpu(model, on_gpu, progress=progress)
     elif kind is not None and config.quantization is None:
-        quantize_model(model, kind, progress=progress)
+        quantize_model(model, kind, smallest=smallest, progress=progress)
     return Checkpoint(
         model=model,
         processor=processor,

@@ -6,12 +6,10 @@
                         `kv_b_proj` (absorbed attention reads it as a matrix), what would not become smaller,
                         matrices of fewer than `SMALLEST` numbers
 
-int8 has the largest magnitude of a row as its 127th step. int4 searches: for each row and 32 inputs several
-scales are tried, each is fitted to the values it gives by least squares, and the one with the least squared
-error stays. The number that is largest may get the value -8, of which there is no positive one; a scale may
-therefore be negative.
+How a matrix is rounded is `weights.rounding`, how formats are chosen by what they do to answers
+`weights.calibrate`.
 
-Letters: o rows of a matrix, i inputs, G groups of 32 inputs.
+Letters: o rows of a matrix, i inputs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +22,6 @@ from torch import Tensor, nn
 
 from seekvl.models.moe import Experts
 from seekvl.models.quantized import (
-    GROUP,
     RANGE,
     STACKS,
     TILE_ROWS,
@@ -41,7 +38,8 @@ from seekvl.models.quantized import (
 )
 from seekvl.models.siglip import SiglipConfig
 from seekvl.models.vl2 import VL2, AnyConfig, AnyVL, VL2Config, on_meta
-from seekvl.runtime import SeekVLError, log, torch_generator
+from seekvl.runtime import SeekVLError, is_whole, log, torch_generator
+from seekvl.weights.rounding import feedback_values, int4_values, int8_values
 
 STAYS = ("kv_b_proj",)
 """Linear layers of the language model that are read as a matrix, by the last part of their name."""
@@ -62,11 +60,10 @@ WEIGHT_LIMIT: dict[Kind, float] = {"int8": 0.05, "int4": 0.25}
 in int4; more than this means numbers that the format does not suit.
 """
 
-STEPS = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)
-"""Steps of a scale that int4 tries for the largest number of a group: above 8 it is cut off."""
-
 CHUNK = 1 << 21
 """Numbers of a matrix that are worked on at once: bounds the memory beside the weights, to about 100 MB."""
+FEEDBACK_CHUNK = 1 << 24
+"""The same where errors are fed back: a column costs a dozen small operations, however many rows it has."""
 
 SAMPLED_ROWS = 64
 """Inputs of a vision matrix that its outputs are compared for."""
@@ -86,68 +83,47 @@ class Matrix:
     """The same of the outputs for a sample picture, of vision and adaptor."""
     reason: str = ""
     """Why it stays as it was."""
+    moved: float | None = None
+    """Calibrated: deviation, in nats, by which it moves the gap between the two likeliest tokens of an answer
+    where that is narrow; of `gate_proj` and `up_proj`, which share a format, what both do together.
+    """
+    bare: Sequence[int] = ()
+    """Calibrated: experts that saw too few tokens and were rounded by themselves."""
 
+
+Part = tuple[Matrix, Quantized | None]
+"""What becomes of a matrix, and its quantised form; None where it stays."""
+
+Factors = Callable[[str, int], Tensor | None]
+"""Gives `rounding.feedback_factor` of the inputs of one matrix of a module, by stack ("" of a linear layer)
+and number of the expert; None where the matrix is rounded by itself.
+"""
 
 Progress = Callable[[int, int], None]
 """Told how many matrices are done, of how many."""
 
 
-def int8_values(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whole numbers i8[o, i] and scales f32[o] of a matrix f[o, i].
-
-    >>> int8_values(torch.tensor([[1.27, -0.5]]))[0].tolist()
-    [[127, -50]]
-    """
-    scales = weight.float().abs().amax(dim=1) / 127.0
-    values = (weight.float() / scales.where(scales > 0, 1.0)[:, None]).round()
-    return values.clamp(*RANGE["int8"]).to(torch.int8), scales
-
-
-def int4_values(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whole numbers i8[o, i] and scales f32[o, G], which bfloat16 holds, of a matrix f[o, i].
-
-    >>> values, scales = int4_values(torch.tensor([[-0.5, 0.25] + [0.0] * 30]))
-    >>> values[0, :2].tolist(), scales.tolist()
-    ([-8, 4], [[0.0625]])
-    """
-    width = weight.shape[1]
-    groups = torch.unflatten(F.pad(weight.float(), (0, -width % GROUP)), 1, (-1, GROUP))  # o G 32
-    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # o G 1
-    unit = largest.where(largest != 0, 1.0)
-    shares = groups / unit  # squares of the numbers themselves may be too small or too large for float32
-    best, least = torch.zeros_like(largest), shares.square().sum(dim=2, keepdim=True)
-    for steps in STEPS:
-        values = _nearest(groups, largest / -steps)
-        squares = values.square().sum(dim=2, keepdim=True).clamp(min=1.0)
-        scale = ((values * shares).sum(dim=2, keepdim=True) / squares * unit).bfloat16().float()
-        error = (shares - scale / unit * _nearest(groups, scale)).square().sum(dim=2, keepdim=True)
-        better = error < least
-        best, least = scale.where(better, best), error.where(better, least)
-    values = _nearest(groups, best).flatten(1)[:, :width]
-    return values.to(torch.int8), best.squeeze(2)
-
-
-def _nearest(groups: Tensor, scale: Tensor) -> Tensor:
-    """Return the four-bit values of numbers under a scale, in float32; a scale of zero has none but zero."""
-    return (groups / scale.where(scale != 0, torch.inf)).round().clamp(*RANGE["int4"])
-
-
-def quantize_matrix(weight: Tensor, kind: Kind) -> tuple[Tensor, float]:
+def quantize_matrix(weight: Tensor, kind: Kind, *, factor: Tensor | None = None) -> tuple[Tensor, float]:
     """Return a matrix f[o, i] packed, u8 of `packed_shape`, and its error relative to its norm.
 
-    It is read some rows at a time, wherever it lies.
+    factor: f32[i, i] of its inputs, by which errors are fed back. The matrix is read some rows at a time,
+    wherever it lies.
 
     Raises SeekVLError for numbers that are not finite.
     """
     o, i = weight.shape
     packed = torch.empty(packed_shape(kind, o, i), dtype=torch.uint8)
-    rows = max(CHUNK // i // TILE_ROWS, 1) * TILE_ROWS
+    chunk = CHUNK if factor is None else FEEDBACK_CHUNK
+    rows = max(chunk // i // TILE_ROWS, 1) * TILE_ROWS
     wrong = total = 0.0
     for first in range(0, o, rows):
         part = weight[first : first + rows].detach().float()
         if not part.isfinite().all():
             raise SeekVLError("it holds numbers that are NaN or infinite")
-        values, scales = int8_values(part) if kind == "int8" else int4_values(part)
+        if factor is not None:
+            values, scales = feedback_values(part, kind, factor=factor)
+        else:
+            values, scales = int8_values(part) if kind == "int8" else int4_values(part)
         tiles = pack(values, scales, kind=kind)
         packed[first // TILE_ROWS :][: len(tiles)] = tiles
         stored = unpack(tiles, kind=kind, rows=len(part), width=i)
@@ -156,20 +132,25 @@ def quantize_matrix(weight: Tensor, kind: Kind) -> tuple[Tensor, float]:
     return packed, (wrong / total) ** 0.5 if total else 0.0
 
 
-def quantize_module(module: nn.Module, kind: Kind) -> tuple[Quantized, float]:
+def quantize_module(
+    module: nn.Module, kind: Kind, *, factors: Factors | None = None
+) -> tuple[Quantized, float]:
     """Return a linear layer or experts in quantised form, on the CPU, and the error of its weights."""
     if isinstance(module, nn.Linear):
         layer = quantized_like(module, kind)
         assert isinstance(layer, QuantizedLinear)
-        layer.packed, error = quantize_matrix(module.weight, kind)
+        factor = None if factors is None else factors("", 0)
+        layer.packed, error = quantize_matrix(module.weight.detach(), kind, factor=factor)
         return layer.requires_grad_(False), error
     assert isinstance(module, Experts)
     experts = quantized_like(module, kind)
     assert isinstance(experts, QuantizedExperts)
     errors = []
-    for name in STACKS:
-        for index, matrix in enumerate(getattr(module, name)):
-            experts.get_buffer(name)[index], error = quantize_matrix(matrix, kind)
+    for index in range(experts.count):
+        for name in STACKS:
+            factor = None if factors is None else factors(name, index)
+            matrix = module.get_parameter(name)[index].detach()
+            experts.get_buffer(name)[index], error = quantize_matrix(matrix, kind, factor=factor)
             errors.append(error)
     return experts, max(errors)
 
@@ -187,31 +168,34 @@ def candidates(model: AnyVL, kind: Kind) -> dict[str, Kind]:
 
 
 def quantized_parts(
-    model: AnyVL, kind: Kind, *, progress: Progress | None = None
-) -> Iterator[tuple[Matrix, Quantized | None]]:
+    model: AnyVL, kind: Kind, *, smallest: int | None = None, progress: Progress | None = None
+) -> Iterator[Part]:
     """Yield each candidate with its quantised form, None where it stays: the model itself is left as it is.
 
-    Only one matrix at a time needs memory, unless the caller keeps what comes.
+    smallest: numbers of the smallest matrix that is quantised, `SMALLEST` when None. Only one matrix at a
+    time needs memory, unless the caller keeps what comes.
 
     Warns where nothing is large enough. Raises SeekVLError for a model that is quantised already or not on
-    the CPU, and for numbers that are not finite.
+    the CPU, for numbers that are not finite, and for a `smallest` below 0.
     """
-    _check(model, kind)
+    check_plain(model, kind)
+    least = choose_smallest(smallest)
     wanted = candidates(model, kind)
-    _warn_where_small(model, kind, wanted)
-    large = (name for name in wanted if _numbers(model.get_submodule(name)) >= SMALLEST)
+    _warn_where_small(model, kind, wanted, smallest=least)
+    large = (name for name in wanted if numbers_of(model.get_submodule(name)) >= least)
     outputs = output_errors(model, [name for name in large if not name.startswith("language.")])
     for done, (name, matrix_kind) in enumerate(wanted.items(), start=1):
-        yield _quantized_part(name, model.get_submodule(name), matrix_kind, output_error=outputs.get(name))
+        module, output_error = model.get_submodule(name), outputs.get(name)
+        yield _quantized_part(name, module, matrix_kind, output_error=output_error, smallest=least)
         if progress is not None:
             progress(done, len(wanted))
 
 
 def _quantized_part(
-    name: str, module: nn.Module, kind: Kind, *, output_error: float | None
-) -> tuple[Matrix, Quantized | None]:
+    name: str, module: nn.Module, kind: Kind, *, output_error: float | None, smallest: int
+) -> Part:
     """Return what becomes of a module, and its quantised form unless it stays."""
-    reason, error, part = _why_it_stays(module, kind), None, None
+    reason, error, part = why_it_stays(module, kind, smallest=smallest), None, None
     if output_error is not None and not output_error <= OUTPUT_LIMIT:
         reason = f"outputs would be off by {output_error:.3f}, at most {OUTPUT_LIMIT} is allowed"
     if not reason:
@@ -219,27 +203,57 @@ def _quantized_part(
             part, error = quantize_module(module, kind)
         except SeekVLError as fault:
             raise SeekVLError(f"{name} cannot be quantised: {fault}") from fault
-        if error > WEIGHT_LIMIT[kind]:
-            reason = f"weights would be off by {error:.3f}, at most {WEIGHT_LIMIT[kind]} is allowed"
-            part = None
+        reason = too_far_off(error, kind)
+        part = None if reason else part
     stored = None if part is None else kind
     return Matrix(name=name, kind=stored, error=error, output_error=output_error, reason=reason), part
 
 
-def quantize_model(model: AnyVL, kind: Kind, *, progress: Progress | None = None) -> tuple[Matrix, ...]:
+def too_far_off(error: float, kind: Kind) -> str:
+    """Say that a format does not suit weights whose relative error is this, or return nothing."""
+    if error <= WEIGHT_LIMIT[kind]:
+        return ""
+    return f"weights would be off by {error:.3f}, at most {WEIGHT_LIMIT[kind]} is allowed"
+
+
+def quantize_model(
+    model: AnyVL,
+    kind: Kind,
+    *,
+    smallest: int | None = None,
+    parts: Iterable[Part] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Matrix, ...]:
     """Put quantised modules in the place of a model's own, one at a time; return what became of each.
+
+    parts: what to put there, by default those of `quantized_parts`; those of `calibrate.calibrated_parts` are
+    made of the answers of this same model, before the first is put.
 
     Raises SeekVLError as `quantized_parts` does.
     """
     done = []
-    for matrix, part in quantized_parts(model, kind, progress=progress):
+    if parts is None:
+        parts = quantized_parts(model, kind, smallest=smallest, progress=progress)
+    for matrix, part in parts:
         if part is not None:
             model.set_submodule(matrix.name, part)
         done.append(matrix)
     return tuple(done)
 
 
-def _check(model: AnyVL, kind: Kind) -> None:
+def choose_smallest(smallest: int | None) -> int:
+    """Return the numbers of the smallest matrix that is quantised; `SMALLEST` when None.
+
+    Raises SeekVLError for what is no whole number of at least 0.
+    """
+    if smallest is None:
+        return SMALLEST
+    if not is_whole(smallest) or smallest < 0:
+        raise SeekVLError(f"smallest is {smallest!r}: give the numbers of a matrix, 0 for every matrix")
+    return smallest
+
+
+def check_plain(model: AnyVL, kind: Kind) -> None:
     """Refuse a format that does not exist, and models that cannot be quantised."""
     if kind not in RANGE:
         raise SeekVLError(f"quantize={kind!r} is unknown; use one of {', '.join(RANGE)}")
@@ -257,24 +271,24 @@ def _check(model: AnyVL, kind: Kind) -> None:
         )
 
 
-def _warn_where_small(model: AnyVL, kind: Kind, names: Iterable[str]) -> None:
+def _warn_where_small(model: AnyVL, kind: Kind, names: Iterable[str], *, smallest: int) -> None:
     """Say that a format was asked for in vain."""
     ours = (name for name in names if name.startswith("language."))
-    largest = max(_numbers(model.get_submodule(name)) for name in ours)
-    if largest < SMALLEST:
+    largest = max(numbers_of(model.get_submodule(name)) for name in ours)
+    if largest < smallest:
         log.warning(
             "%s was asked for, but the largest matrix of this language model has %s numbers, and from %s on "
-            "fewer bits save time: it stays as it is",
-            *(kind, f"{largest:,}", f"{SMALLEST:,}"),
+            "fewer bits save time: it stays as it is; smallest=0 quantises it all the same",
+            *(kind, f"{largest:,}", f"{smallest:,}"),
         )
 
 
-def _why_it_stays(module: nn.Module, kind: Kind) -> str:
+def why_it_stays(module: nn.Module, kind: Kind, *, smallest: int) -> str:
     """Say why a module would not become smaller or quicker, or return nothing."""
-    matrices, numbers = _matrices(module), _numbers(module)
-    if numbers < SMALLEST:
-        return f"{numbers:,} numbers lie in a cache; from {SMALLEST:,} on fewer bits save time"
-    now, then = sum(matrix.nbytes for matrix in matrices), _packed_bytes(matrices, kind)
+    matrices, numbers = _matrices(module), numbers_of(module)
+    if numbers < smallest:
+        return f"{numbers:,} numbers lie in a cache; from {smallest:,} on fewer bits save time"
+    now, then = sum(matrix.nbytes for matrix in matrices), packed_bytes(module, kind)
     if then >= now:
         return f"{kind} would take {then:,} bytes instead of {now:,}"
     return ""
@@ -288,13 +302,14 @@ def _matrices(module: nn.Module) -> list[Tensor]:
     return [getattr(module, name) for name in STACKS]
 
 
-def _numbers(module: nn.Module) -> int:
+def numbers_of(module: nn.Module) -> int:
     """Return the numbers of a linear layer's matrix, or of one matrix of one expert."""
     return min(matrix.shape[-2:].numel() for matrix in _matrices(module))
 
 
-def _packed_bytes(matrices: Sequence[Tensor], kind: Kind) -> int:
-    """Return the bytes that matrices or stacks of them take when packed."""
+def packed_bytes(module: nn.Module, kind: Kind) -> int:
+    """Return the bytes that the weights of a linear layer or of experts take when packed."""
+    matrices = _matrices(module)
     shapes = (packed_shape(kind, *matrix.shape[-2:]) for matrix in matrices)
     counts = (matrix.shape[:-2].numel() for matrix in matrices)
     return sum(count * tiles * size for count, (tiles, size) in zip(counts, shapes, strict=True))
@@ -310,10 +325,10 @@ def saved_bytes(config: AnyConfig, kind: Kind, *, itemsize: int, rows: int | Non
     model, saved = on_meta(config), 0.0
     for name, matrix_kind in candidates(model, kind).items():
         module = model.get_submodule(name)
-        if not name.startswith("language.") or _numbers(module) < SMALLEST:
+        if not name.startswith("language.") or numbers_of(module) < SMALLEST:
             continue
         matrices = _matrices(module)
-        less = itemsize * sum(matrix.numel() for matrix in matrices) - _packed_bytes(matrices, matrix_kind)
+        less = itemsize * sum(matrix.numel() for matrix in matrices) - packed_bytes(module, matrix_kind)
         saved += max(0, less) * (_share_read(config, rows=rows) if isinstance(module, Experts) else 1.0)
     return saved
 

@@ -91,7 +91,10 @@ def stored_matrices(folder: Path, *, kind: Kind | None = None) -> tuple[Matrix, 
     try:
         values = json.loads(text)
         version, said = values["version"], values["format"]
-        matrices = tuple(Matrix(name=name, **entry) for name, entry in values["matrices"].items())
+        matrices = tuple(
+            Matrix(name=name, **{**entry, "bare": tuple(entry.get("bare", ()))})
+            for name, entry in values["matrices"].items()
+        )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise SeekVLError(f"{path} has garbled {METADATA} metadata: convert again") from error
     if version != QUANT_VERSION or (kind is not None and said != kind):

@@ -2,6 +2,7 @@
 
 import json
 import mmap
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +14,7 @@ from seekvl.models.quantized import Kind
 from seekvl.models.vl2 import AnyVL
 from seekvl.runtime import DTYPES, SeekVLError, atomic_file
 from seekvl.weights.config import QUANT_VERSION, CheckpointConfig, quantization_section
-from seekvl.weights.quantize import Matrix, Progress, quantized_parts
+from seekvl.weights.quantize import Matrix, Part, Progress, quantized_parts
 from seekvl.weights.read import SINGLE, STORED, require_finite
 from seekvl.weights.read_quantized import ALIGNMENT, METADATA
 from seekvl.weights.save import config_files, old_files, write_config_files
@@ -31,10 +32,15 @@ def save_quantized(
     tokenizer: Path,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    smallest: int | None = None,
+    parts: Iterable[Part] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Matrix, ...]:
     """Quantise a plain model matrix by matrix into a folder; return what became of each. The model stays as
     it is, and memory beside it is that of one matrix.
+
+    parts: what becomes of each matrix, by default what `quantized_parts` with `smallest` and `progress` says;
+    those of `calibrate.calibrated_parts` are chosen by what they do to answers.
 
     `config` is that of the loaded checkpoint; `tokenizer` a `tokenizer.json`; `dtype`, by default that of the
     weights, what is not packed is stored in. Raises SeekVLError as `quantized_parts` and `save_checkpoint`
@@ -44,6 +50,8 @@ def save_quantized(
         raise SeekVLError("the config given describes another model than the one to save")
     config = replace(config, layout="official", quantization=kind)
     dtype = dtype or model.language.norm.weight.dtype
+    if parts is None:
+        parts = quantized_parts(model, kind, smallest=smallest, progress=progress)
     names = {value: name for name, value in DTYPES.items()}
     if dtype not in names:
         raise SeekVLError(f"weights are saved as {', '.join(DTYPES)}, not {dtype}")
@@ -53,7 +61,7 @@ def save_quantized(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     with atomic_file(folder / SINGLE) as part:
-        matrices = _write(model, part, kind=kind, dtype=dtype, progress=progress)
+        matrices = _write(model, part, kind=kind, dtype=dtype, parts=parts)
     for path in old:
         if path.name != SINGLE:
             path.unlink()
@@ -62,7 +70,7 @@ def save_quantized(
 
 
 def _write(
-    model: AnyVL, path: Path, *, kind: Kind, dtype: torch.dtype, progress: Progress | None
+    model: AnyVL, path: Path, *, kind: Kind, dtype: torch.dtype, parts: Iterable[Part]
 ) -> tuple[Matrix, ...]:
     """Write the file: the data behind a gap, and the header, known at the end only, into the gap."""
     room = (
@@ -73,7 +81,7 @@ def _write(
     packed: set[str] = set()
     with path.open("wb") as file:
         file.seek(room)
-        for matrix, part in quantized_parts(model, kind, progress=progress):
+        for matrix, part in parts:
             matrices.append(matrix)
             if part is not None:
                 packed.add(matrix.name)

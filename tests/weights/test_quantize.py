@@ -24,10 +24,8 @@ from seekvl.weights.load import load_checkpoint
 from seekvl.weights.quantize import (
     OUTPUT_LIMIT,
     WEIGHT_LIMIT,
-    _numbers,
     candidates,
-    int4_values,
-    int8_values,
+    numbers_of,
     output_errors,
     quantize_matrix,
     quantize_model,
@@ -57,41 +55,6 @@ def loaded(folder: str) -> AnyVL:
 
 def fresh(folder: str) -> AnyVL:
     return copy.deepcopy(loaded(folder))
-
-
-def test_int8_uses_every_step_of_a_row() -> None:
-    weight = randn(9, 50)
-    weight[3] = 0.0
-    values, scales = int8_values(weight)
-    assert values.abs().amax(dim=1).tolist() == [127] * 3 + [0] + [127] * 5
-    wrong = (values * scales[:, None] - weight).abs()
-    assert (wrong <= scales[:, None] * 0.501).all()
-
-
-def test_int4_is_nearer_than_the_largest_number_alone_decides() -> None:
-    weight = randn(40, 32 * 6)
-    values, scales = int4_values(weight)
-    assert (int(values.min()), int(values.max())) == (-8, 7)
-    assert torch.equal(scales, scales.bfloat16().float())
-    stored = (values.unflatten(1, (-1, GROUP)) * scales.unsqueeze(2)).flatten(1)
-    groups = weight.unflatten(1, (-1, GROUP))
-    plain = groups.abs().amax(dim=2, keepdim=True) / 7
-    simple = (groups / plain).round() * plain
-    ours, theirs = ((x - weight).square().sum() for x in (stored, simple.flatten(1)))
-    assert ours < 0.85 * theirs
-
-
-def test_int4_holds_what_it_can_hold_exactly() -> None:
-    values = torch.randint(-8, 8, (5, 70), generator=torch.Generator().manual_seed(1))
-    values[:, ::GROUP] = -8
-    weight = values * 0.25
-    found, scales = int4_values(weight)
-    assert torch.equal(found, values.to(torch.int8))
-    assert torch.equal(scales, torch.full((5, 3), 0.25))
-    assert torch.equal(int4_values(-weight)[1], torch.full((5, 3), -0.25))
-    nothing, scale = int4_values(torch.zeros(2, 32))
-    assert not nothing.any()
-    assert not scale.any()
 
 
 @EACH
@@ -273,12 +236,12 @@ def test_a_step_saves_on_the_experts_it_reads() -> None:
 def test_matrices_that_lie_in_a_cache_stay(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    numbers = sorted({_numbers(loaded("vl1-siglip").get_submodule(name)) for name in TOLD})
+    numbers = sorted({numbers_of(loaded("vl1-siglip").get_submodule(name)) for name in TOLD})
     monkeypatch.setattr(room, "SMALLEST", numbers[-1])
     model = fresh("vl1-siglip")
     for matrix in quantize_model(model, "int8"):
         if matrix.name in TOLD:
-            small = _numbers(loaded("vl1-siglip").get_submodule(matrix.name)) < numbers[-1]
+            small = numbers_of(loaded("vl1-siglip").get_submodule(matrix.name)) < numbers[-1]
             assert (matrix.kind is None) is small
             assert ("numbers lie in a cache" in matrix.reason) is small
     assert not caplog.records
@@ -311,3 +274,23 @@ def test_no_language_matrix_of_a_published_model_is_small(name: str, monkeypatch
     everything = saved_bytes(config, "int4", itemsize=2)
     monkeypatch.setattr(room, "SMALLEST", 1 << 18)
     assert saved_bytes(config, "int4", itemsize=2) == everything
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_matrix_where_it_is_asked_for(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(room, "SMALLEST", 1 << 18)
+    model = load_checkpoint(device="cpu", quantize=kind, smallest=0).model
+    language = {name: part.kind for name, part in quantized_modules(model.language).items()}
+    assert set(language.values()) == {kind}
+    assert len(language) == 29
+    assert not caplog.records
+    some = load_checkpoint(device="cpu", quantize=kind, smallest=196_608).model
+    assert list(quantized_modules(some.language)) == ["lm_head"]
+
+
+@pytest.mark.parametrize("smallest", [-1, 1.5, "many"])
+def test_a_smallest_matrix_that_cannot_be_meant(smallest: object) -> None:
+    with pytest.raises(SeekVLError, match="give the numbers of a matrix, 0 for every matrix"):
+        quantize_model(fresh("vl1-siglip"), "int8", smallest=smallest)  # type: ignore[arg-type]
