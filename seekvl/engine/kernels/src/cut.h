@@ -25,6 +25,7 @@ inline int64_t cost_of_blocks(const Many& machine, int64_t count, bool equal) {
 // 196 rows do with blocks of up to 48 (13 vectors instead of 15). Calls add(first, rows, lanes).
 template <class Add>
 void cut(const Many& machine, int64_t count, Add add) {
+    if (count == 0) return;
     const int64_t blocks = (count + machine.most - 1) / machine.most;
     const bool equal = cost_of_blocks(machine, count, true) <= cost_of_blocks(machine, count, false);
     for (int64_t index = 0, first = 0; index < blocks; ++index) {
