@@ -128,7 +128,8 @@ def embed_patches(conv: nn.Conv2d, pixels: Tensor) -> Tensor:
     """
     p = conv.kernel_size[0]
     used = pixels.shape[-1] // p * p
-    patches = rearrange(pixels[..., :used, :used], "n k (y a) (x b) -> n y x (k a b)", a=p, b=p)  # n g g (3 p p)
+    pixels = pixels[..., :used, :used]
+    patches = rearrange(pixels, "n k (y a) (x b) -> n y x (k a b)", a=p, b=p)  # n g g (3 p p)
     return F.linear(patches, conv.weight.flatten(1), conv.bias)
 
 

@@ -189,10 +189,7 @@ def prompt_difference(config: DeepseekV2Config, *, level: str) -> float | None:
     where torch is faster and reads prompts.
     """
     network = _random(DeepseekV2(config))
-    embeds = torch.randn(PROMPT, config.width, generator=torch_generator(0, "a prompt"))
-    held = KVCache(config, rows=1, device=torch.device("cpu"), dtype=torch.float32)
-    held.reserve(PROMPT)
-    keys, values = held.buffers
+    embeds, keys, values = _prompt(config)
     accelerate(network, level=level)
     if not prompts_served(network):
         return None
@@ -213,10 +210,7 @@ def prompt_differences(config: DeepseekV2Config, *, level: str, kind: Kind) -> T
     """
     network = _random(DeepseekV2(replace(config, layers=1, dense_first=0)))
     _quantize(network, kind)
-    embeds = torch.randn(PROMPT, config.width, generator=torch_generator(0, "a prompt"))
-    held = KVCache(network.config, rows=1, device=torch.device("cpu"), dtype=torch.float32)
-    held.reserve(PROMPT)
-    keys, values = held.buffers
+    embeds, keys, values = _prompt(network.config)
     accelerate(network, level=level)
     if not prompts_served(network):
         return None
@@ -266,6 +260,14 @@ def _quantize(network: DeepseekV2, kind: Kind) -> None:
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear | Experts) and name.rpartition(".")[2] not in STAYS:
             network.set_submodule(name, quantize_module(module, kind)[0])
+
+
+def _prompt(config: DeepseekV2Config) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return the embeddings f32[n, d] of a prompt, and the buffers of an empty cache with room for it."""
+    embeds = torch.randn(PROMPT, config.width, generator=torch_generator(0, "a prompt"))
+    held = KVCache(config, rows=1, device=torch.device("cpu"), dtype=torch.float32)
+    held.reserve(PROMPT)
+    return embeds, *held.buffers
 
 
 def _filled(config: DeepseekV2Config) -> KVCache:

@@ -7,10 +7,9 @@ in the order of the windows, so that those that see each other are neighbours; a
 picture does not care, for distances are looked up by place.
 
 The stream is float32 from the patches to the features; the weights stay where torch keeps them. Inputs of
-products, keys, values and shares of attention are rounded where a level multiplies pairs of bfloat16, and
-nowhere else; those of quantised matrices are rounded as `models.quantized` says, from float32 where they come
-from a norm or a GELU. What a picture gives depends on the level alone: not on the pictures beside it or on the number
-of threads, bit for bit.
+products, keys, values and shares of attention are rounded where a level multiplies pairs of bfloat16, inputs
+of quantised matrices as `models.quantized` says, and nothing else. What a picture gives depends on the level
+alone: not on the pictures beside it or on the number of threads, bit for bit.
 
 Patch embedding, neck and downsampling stay with torch. So does everything where one call cannot serve a
 tower, which is looked at in every call: it takes a thousandth of the time.

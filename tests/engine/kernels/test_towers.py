@@ -16,7 +16,7 @@ import seekvl
 from seekvl.engine.kernels import towers
 from seekvl.engine.kernels.accelerate import KERNELS, MOST_ROWS, accelerate
 from seekvl.engine.kernels.compiled import LEVELS, SWITCH, Library
-from seekvl.engine.kernels.towers import TOWERS, KernelSam, KernelSiglip, tower_level
+from seekvl.engine.kernels.towers import TOWERS, KernelSam, tower_level
 from seekvl.models.quantized import KINDS, Kind
 from seekvl.models.sam import Sam, SamConfig
 from seekvl.models.siglip import Siglip, SiglipConfig
@@ -406,7 +406,9 @@ def test_a_quantised_tower_equals_its_layers(name: str, kind: Kind, level: str) 
     assert distance(found, wanted) < 0.25 * changed
 
 
-@pytest.mark.parametrize("only", [LINEARS[:1], LINEARS[1:2], LINEARS[2:3], LINEARS[3:], LINEARS[::2]], ids=str)
+@pytest.mark.parametrize(
+    "only", [LINEARS[:1], LINEARS[1:2], LINEARS[2:3], LINEARS[3:], LINEARS[::2]], ids=str
+)
 @pytest.mark.parametrize("name", ["wide", "map"])
 def test_any_layer_may_be_quantised_among_plain_ones(name: str, only: tuple[str, ...], level: str) -> None:
     tower, pixels = quantised(name, "int8", only=only), pictures(build(name))
