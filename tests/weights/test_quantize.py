@@ -198,15 +198,15 @@ def test_outputs_decide_in_the_vision_tower(monkeypatch: pytest.MonkeyPatch) -> 
     assert matrices["vision.blocks.0.mlp.fc2"].kind == "int8"
 
 
-def test_ordinary_matrices_of_the_towers_stay() -> None:
-    """Eight bits leave 0.7 to 1.1 % of error in their outputs."""
+def test_ordinary_matrices_of_the_towers_are_quantised() -> None:
+    """Eight bits leave 0.7 to 1.3 % of error in their outputs."""
     matrices = quantize_model(fresh("vl1-siglip"), "int8")
     tower = [matrix for matrix in matrices if matrix.name.startswith("vision.")]
     assert tower
     for matrix in tower:
         assert matrix.output_error is not None
         assert (matrix.kind is None) == (matrix.output_error > OUTPUT_LIMIT)
-    assert sum(matrix.kind is None for matrix in tower) > len(tower) / 2
+    assert sum(matrix.kind == "int8" for matrix in tower) > len(tower) / 2
     assert all(matrix.kind == "int8" for matrix in matrices if matrix.name.startswith("language."))
 
 
