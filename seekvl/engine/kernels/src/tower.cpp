@@ -258,10 +258,10 @@ class Seeing {
 
     static char* bytes(float* numbers) { return reinterpret_cast<char*>(numbers); }
 
-    // PackedRows rows of all cuts: the queries, and in their place what they have seen.
+    // Packed rows of all cuts: the queries, and in their place what they have seen.
     PackedRows seen() const { return {bytes(seeing_), c_, input_}; }
 
-    // PackedRows rows of the cuts of a wave, which begin where the buffer begins.
+    // Packed rows of the cuts of a wave, which begin where the buffer begins.
     PackedRows here(const Wave& wave, float* buffer, int64_t width) const {
         return {bytes(buffer) - wave.before * rounded_up(width, 2) * size_of(input_), width, input_};
     }
