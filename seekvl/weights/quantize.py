@@ -305,18 +305,33 @@ def saved_bytes(config: AnyConfig, kind: Kind, *, itemsize: int, rows: int | Non
     """Return by how many bytes a format makes the language model's weights smaller: all of them, or those
     that a decoding step of so many rows reads. A plain number takes `itemsize` bytes.
 
-    Rows choose their experts as in `models.cost.step_parameters`. What vision and adaptor may save depends on
-    their numbers, and is not counted.
+    Rows choose their experts as in `models.cost.step_parameters`.
     """
-    model, saved = on_meta(config), 0.0
+    return sum(
+        saved * (_share_read(config, rows=rows) if isinstance(module, Experts) else 1.0)
+        for name, module, saved in _savings(config, kind, itemsize=itemsize)
+        if name.startswith("language.")
+    )
+
+
+def saved_vision_bytes(config: AnyConfig, kind: Kind, *, itemsize: int) -> int:
+    """Return by how many bytes a format makes vision and adaptor smaller, if no matrix of them has outputs
+    beyond `OUTPUT_LIMIT`: what they are depends on their numbers.
+    """
+    savings = _savings(config, kind, itemsize=itemsize)
+    return sum(saved for name, _, saved in savings if not name.startswith("language."))
+
+
+def _savings(config: AnyConfig, kind: Kind, *, itemsize: int) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield name, module and the bytes saved of each that a format makes smaller."""
+    model = on_meta(config)
     for name, matrix_kind in candidates(model, kind).items():
         module = model.get_submodule(name)
-        if not name.startswith("language.") or _numbers(module) < SMALLEST:
+        if _numbers(module) < SMALLEST:
             continue
         matrices = _matrices(module)
         less = itemsize * sum(matrix.numel() for matrix in matrices) - _packed_bytes(matrices, matrix_kind)
-        saved += max(0, less) * (_share_read(config, rows=rows) if isinstance(module, Experts) else 1.0)
-    return saved
+        yield name, module, max(0, less)
 
 
 def _share_read(config: AnyConfig, *, rows: int | None) -> float:

@@ -34,6 +34,7 @@ from seekvl.weights.quantize import (
     quantize_module,
     quantized_parts,
     saved_bytes,
+    saved_vision_bytes,
     summary,
 )
 
@@ -253,12 +254,18 @@ def test_bad_models_are_named() -> None:
 
 @EACH
 @pytest.mark.parametrize("folder", ["vl1-siglip", "vl2-tiny-like", "vl2-base-like"])
-def test_saved_bytes_are_those_of_the_network(folder: str, kind: Kind) -> None:
+def test_saved_bytes_are_those_of_the_network(
+    folder: str, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "OUTPUT_LIMIT", 1.0)
     before, model = loaded(folder), fresh(folder)
     quantize_model(model, kind)
+    all_saved = sum(tensor.nbytes for tensor in before.state_dict().values())
+    all_saved -= sum(tensor.nbytes for tensor in model.state_dict().values())
     saved = sum(tensor.nbytes for tensor in before.language.state_dict().values())
     saved -= sum(tensor.nbytes for tensor in model.language.state_dict().values())
     assert saved_bytes(before.config, kind, itemsize=4) == saved > 0
+    assert saved_vision_bytes(before.config, kind, itemsize=4) == all_saved - saved > 0
 
 
 def test_a_step_saves_on_the_experts_it_reads() -> None:
