@@ -23,8 +23,8 @@ X86_FLAGS = {
     "packed_avx2": AVX2,
     "packed_vnni": (*AVX512, "-mavx512vnni"),
 }
+ARM_FLAGS = {"packed_dotprod": ("-march=armv8.2-a+dotprod",)}
 """What the sources of a level may use beyond the baseline; on other processors they compile to nothing."""
-
 
 FLAGS = (
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-pthread"),
@@ -32,9 +32,9 @@ FLAGS = (
 )
 
 
-def flags_for(stem: str, *, x86: bool) -> list[str]:
-    """Return the flags of a source, named without its ending, for x86 or for another processor."""
-    level = X86_FLAGS.get(stem, ()) if x86 else ()
+def flags_for(stem: str, *, x86: bool = False, arm: bool = False) -> list[str]:
+    """Return the flags of a source, named without its ending, for x86, 64-bit ARM or another processor."""
+    level = X86_FLAGS.get(stem, ()) if x86 else ARM_FLAGS.get(stem, ()) if arm else ()
     packed = (
         ("-ffp-contract=off",) if stem.startswith("packed") else ()
     )  # inputs are rounded alike everywhere
@@ -50,13 +50,14 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link; setuptools makes a warning of an error, as the extension is optional."""
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        machine = platform.machine().lower()
+        x86, arm = machine in ("x86_64", "amd64"), machine in ("aarch64", "arm64")
         objects: list[str] = []
         for source in ext.sources:
             objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
-                extra_postargs=flags_for(Path(source).stem, x86=x86),
+                extra_postargs=flags_for(Path(source).stem, x86=x86, arm=arm),
                 depends=ext.depends,
             )
         target = Path(self.get_ext_fullpath(ext.name))

@@ -35,7 +35,7 @@ from seekvl.processing.tile_image import Grid, TileImageConfig, plan_grid, tile_
 from seekvl.runtime import SeekVLError
 from seekvl.weights.config import CheckpointConfig, read_config
 from seekvl.weights.load import BUNDLED, choose_format, find_folder
-from seekvl.weights.quantize import saved_bytes
+from seekvl.weights.quantize import saved_bytes, saved_vision_bytes
 
 Size: TypeAlias = tuple[int, int]
 """Width and height of a picture in px."""
@@ -233,7 +233,7 @@ def _read(config: CheckpointConfig, *, kind: Kind | None, itemsize: int) -> int:
 
 
 def _weights(config: CheckpointConfig, workload: Workload, *, kind: Kind | None) -> int:
-    """Bytes of weights that stay in memory; of vision and adaptor as if nothing of them were quantised.
+    """Bytes of weights that stay in memory; of vision and adaptor as if all that may be were quantised.
 
     On a CPU a file is mapped where its dtype is the one asked for, and of the embedding only the rows that a
     prompt uses are ever read.
@@ -243,8 +243,10 @@ def _weights(config: CheckpointConfig, workload: Workload, *, kind: Kind | None)
     if not workload.cuda and workload.dtype == config.dtype:
         numbers -= language.vocab_size * language.width
     itemsize = workload.dtype.itemsize
-    saved = 0.0 if kind is None else saved_bytes(config.model, kind, itemsize=itemsize)
-    return numbers * itemsize - round(saved)
+    if kind is None:
+        return numbers * itemsize
+    saved = saved_bytes(config.model, kind, itemsize=itemsize)
+    return numbers * itemsize - round(saved) - saved_vision_bytes(config.model, kind, itemsize=itemsize)
 
 
 def _activations(config: CheckpointConfig, views: list[int], *, prompt: int, itemsize: int, free: int) -> int:

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seekvl.models.attention import attend_in_blocks
-from seekvl.models.siglip import Mlp, Rgb, normalise
+from seekvl.models.siglip import Mlp, Rgb, embed_patches, normalise
 from seekvl.runtime import SeekVLError, check_positive
 
 
@@ -233,9 +233,10 @@ class Sam(nn.Module):
             if self.config.pixel_mean is None or self.config.pixel_std is None:
                 raise SeekVLError("this SAM tower has no pixel mean: its processor must normalise the pixels")
             pixels = normalise(pixels, mean=self.config.pixel_mean, std=self.config.pixel_std)
-        x = rearrange(self.patch_embed(pixels), "n c y x -> n y x c").contiguous()  # n g g c
+        x = embed_patches(self.patch_embed, pixels)  # n g g c
         x, side_branch = self.transform(x + self.pos_embed)
-        x = self.downsample(self.neck(x)) + self.downsample(self.neck_hd(side_branch)) * self.hd_alpha
+        # The paper downsamples both and adds then; as nothing of it bends, the sum can be downsampled as one.
+        x = self.downsample(self.neck(x) + self.neck_hd(side_branch) * self.hd_alpha)
         return rearrange(x, "n c y x -> n (y x) c")
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:

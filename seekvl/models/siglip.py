@@ -114,6 +114,25 @@ class Block(nn.Module):
         return out
 
 
+def embed_patches(conv: nn.Conv2d, pixels: Tensor) -> Tensor:
+    """Return f[n, g, g, c] of pictures f[n, 3, S, S] for a convolution whose kernels lie side by side; pixels
+    behind the last whole patch are left out, as a convolution does.
+
+    Such a one is a linear layer of patches, which oneDNN computes three times as fast as the convolution in
+    bfloat16; and what comes out is contiguous, where a stream in the layout of a convolution is slow in each
+    block.
+
+    >>> conv, pixels = nn.Conv2d(3, 5, 2, stride=2), torch.rand(1, 3, 7, 7)
+    >>> torch.allclose(embed_patches(conv, pixels), conv(pixels).movedim(1, -1), atol=1e-6)
+    True
+    """
+    p = conv.kernel_size[0]
+    used = pixels.shape[-1] // p * p
+    pixels = pixels[..., :used, :used]
+    patches = rearrange(pixels, "n k (y a) (x b) -> n y x (k a b)", a=p, b=p)  # n g g (3 p p)
+    return F.linear(patches, conv.weight.flatten(1), conv.bias)
+
+
 class Siglip(nn.Module):
     """The tower: patches, learned positions, blocks, final norm. All patch tokens are returned, none is
     pooled.
@@ -142,8 +161,7 @@ class Siglip(nn.Module):
                     "this SigLIP tower has no pixel mean: its processor must normalise the pixels"
                 )
             pixels = normalise(pixels, mean=self.config.pixel_mean, std=self.config.pixel_std)
-        # Sums keep the layout of their parts: a stream left in that of the convolution is slow in each block.
-        x = rearrange(self.patch_embed(pixels), "n c y x -> n (y x) c").contiguous()  # n t c
+        x = embed_patches(self.patch_embed, pixels).flatten(1, 2)  # n t c
         return self.transform(x + self.pos_embed)
 
     def transform(self, x: Tensor) -> Tensor:

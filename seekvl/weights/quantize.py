@@ -50,10 +50,11 @@ bits would cost accuracy and save no time. Every matrix of the published languag
 seekvl-nano (docs/quantization.md).
 """
 
-OUTPUT_LIMIT = 0.005
+OUTPUT_LIMIT = 0.015
 """Largest error of a vision matrix's outputs, relative to their norm, at which it is stored in eight bits.
 
-Most have 0.007 to 0.011 and stay: in eight bits a picture took no less time (docs/quantization.md).
+Normal numbers leave 0.010 to 0.013, as they do in the language model; more means numbers that the format does
+not suit. A picture takes three quarters of the time then (docs/quantization.md).
 """
 WEIGHT_LIMIT: dict[Kind, float] = {"int8": 0.05, "int4": 0.25}
 """Largest error of a matrix, relative to its norm. A row of normal numbers has 0.006 to 0.01 in int8 and 0.08
@@ -319,18 +320,34 @@ def saved_bytes(config: AnyConfig, kind: Kind, *, itemsize: int, rows: int | Non
     """Return by how many bytes a format makes the language model's weights smaller: all of them, or those
     that a decoding step of so many rows reads. A plain number takes `itemsize` bytes.
 
-    Rows choose their experts as in `models.cost.step_parameters`. What vision and adaptor may save depends on
-    their numbers, and is not counted.
+    Rows choose their experts as in `models.cost.step_parameters`.
     """
-    model, saved = on_meta(config), 0.0
+    return sum(
+        saved * (_share_read(config, rows=rows) if isinstance(module, Experts) else 1.0)
+        for name, module, saved in _savings(config, kind, itemsize=itemsize)
+        if name.startswith("language.")
+    )
+
+
+def saved_vision_bytes(config: AnyConfig, kind: Kind, *, itemsize: int) -> int:
+    """Return by how many bytes a format makes vision and adaptor smaller, if no matrix of them has outputs
+    beyond `OUTPUT_LIMIT`: what they are depends on their numbers.
+    """
+    savings = _savings(config, kind, itemsize=itemsize)
+    return sum(saved for name, _, saved in savings if not name.startswith("language."))
+
+
+def _savings(config: AnyConfig, kind: Kind, *, itemsize: int) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield name, module and the bytes saved of each that a format makes smaller."""
+    model = on_meta(config)
     for name, matrix_kind in candidates(model, kind).items():
         module = model.get_submodule(name)
-        if not name.startswith("language.") or numbers_of(module) < SMALLEST:
+        if numbers_of(module) < SMALLEST:
             continue
-        matrices = _matrices(module)
-        less = itemsize * sum(matrix.numel() for matrix in matrices) - packed_bytes(module, matrix_kind)
-        saved += max(0, less) * (_share_read(config, rows=rows) if isinstance(module, Experts) else 1.0)
-    return saved
+        less = itemsize * sum(matrix.numel() for matrix in _matrices(module)) - packed_bytes(
+            module, matrix_kind
+        )
+        yield name, module, max(0, less)
 
 
 def _share_read(config: AnyConfig, *, rows: int | None) -> float:

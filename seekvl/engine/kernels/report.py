@@ -12,7 +12,7 @@ from seekvl.engine.kernels.compiled import SWITCH, choose_level, library, missin
 from seekvl.engine.kernels.decoder import decode
 from seekvl.engine.kernels.packed import packed_linear
 from seekvl.engine.kernels.products import MAX_ROWS, linear
-from seekvl.engine.kernels.prompts import prompt_logits, prompts_served
+from seekvl.engine.kernels.prompts import prompt_hidden, prompt_logits, prompts_served
 from seekvl.engine.kernels.towers import TOWERS, tower_level
 from seekvl.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from seekvl.models.mla import MlaConfig
@@ -65,8 +65,8 @@ TOKENS = (0, 1, 130, 257)
 
 
 def compare_with_torch() -> str:
-    """Multiply, decode, read a prompt and see a picture with the kernels and with torch, multiply and decode
-    with quantised matrices, too; say on which level and how far they are apart.
+    """Multiply, decode, read a prompt and see a picture with the kernels and with torch, the first three with
+    quantised matrices, too; say on which level and how far they are apart.
 
     Raises SeekVLError where they differ by more than the order of summation explains, and for a level named
     by `SWITCH` that cannot be had.
@@ -93,6 +93,8 @@ def compare_with_torch() -> str:
     prompt = _largest(told) if told else None
     if prompt is not None:
         _check("a prompt", prompt, limit=STEP_LIMIT, level=level)
+    packed_prompts = [_packed_prompt(config, kind, level=level) for config in configs for kind in KINDS]
+    packed_told = [found for found in packed_prompts if found is not None]
     tower = tower_difference(level=level)
     if tower is not None:
         _check("a vision tower", tower, limit=STEP_LIMIT, level=level)
@@ -101,10 +103,11 @@ def compare_with_torch() -> str:
         "a step": step,
         "a quantised step": packed_step,
         "a prompt": prompt,
+        "a quantised prompt": _largest(packed_told) if packed_told else None,
         "a vision tower": tower,
     }
     far = ", ".join(f"{figure:.1e} in {what}" for what, figure in figures.items() if figure is not None)
-    left = " and ".join(what for what, figure in figures.items() if figure is None)
+    left = ", ".join(what for what, figure in figures.items() if figure is None)
     vnni = ", quantised by VNNI" if library().vnni and level.startswith("avx512") else ""
     return f"{level} of {', '.join(library().levels)}{vnni}; largest difference from torch {far}" + (
         f"; torch computes {left}" if left else ""
@@ -146,6 +149,19 @@ def _packed_step(config: DeepseekV2Config, kind: Kind, *, level: str) -> float:
     return usual
 
 
+def _packed_prompt(config: DeepseekV2Config, kind: Kind, *, level: str) -> float | None:
+    """Return the difference of the tokens of a quantised prompt that half of them keep within; None where
+    torch reads prompts.
+    """
+    tokens = prompt_differences(config, level=level, kind=kind)
+    if tokens is None:
+        return None
+    usual = float(tokens.median())
+    _check(f"a prompt of {kind}", usual, limit=STEP_LIMIT, level=level)
+    _check(f"a token of a prompt of {kind}", float(tokens.max()), limit=INPUT_LIMIT, level=level)
+    return usual
+
+
 @torch.inference_mode()
 def step_differences(config: DeepseekV2Config, *, level: str, kind: Kind | None = None) -> Tensor:
     """Return the largest difference of the logits of each row f32[n] of a decoding step, of a network with
@@ -173,10 +189,7 @@ def prompt_difference(config: DeepseekV2Config, *, level: str) -> float | None:
     where torch is faster and reads prompts.
     """
     network = _random(DeepseekV2(config))
-    embeds = torch.randn(PROMPT, config.width, generator=torch_generator(0, "a prompt"))
-    held = KVCache(config, rows=1, device=torch.device("cpu"), dtype=torch.float32)
-    held.reserve(PROMPT)
-    keys, values = held.buffers
+    embeds, keys, values = _prompt(config)
     accelerate(network, level=level)
     if not prompts_served(network):
         return None
@@ -185,6 +198,27 @@ def prompt_difference(config: DeepseekV2Config, *, level: str) -> float | None:
     assert found is not None, "a network of our own classes on the CPU"
     wanted: Tensor = network.lm_head(network(embeds[None])[0, -1])
     return float((found - wanted).abs().max())
+
+
+@torch.inference_mode()
+def prompt_differences(config: DeepseekV2Config, *, level: str, kind: Kind) -> Tensor | None:
+    """Return the largest difference of the hidden states of each token f32[n] of a prompt, of a network with
+    random weights of a kind; None where torch reads prompts.
+
+    The network has its last layer alone. An input that falls the other way changes all tokens behind it by
+    the next one, and half of them must keep within the limit.
+    """
+    network = _random(DeepseekV2(replace(config, layers=1, dense_first=0)))
+    _quantize(network, kind)
+    embeds, keys, values = _prompt(network.config)
+    accelerate(network, level=level)
+    if not prompts_served(network):
+        return None
+    found = prompt_hidden(network, embeds, slot=0, start=0, keys=keys, values=values)
+    accelerate(network, level="off")
+    assert found is not None, "a network of our own classes on the CPU"
+    wanted: Tensor = network(embeds[None])[0]
+    return (found - wanted).abs().amax(dim=1)
 
 
 @torch.inference_mode()
@@ -226,6 +260,14 @@ def _quantize(network: DeepseekV2, kind: Kind) -> None:
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear | Experts) and name.rpartition(".")[2] not in STAYS:
             network.set_submodule(name, quantize_module(module, kind)[0])
+
+
+def _prompt(config: DeepseekV2Config) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return the embeddings f32[n, d] of a prompt, and the buffers of an empty cache with room for it."""
+    embeds = torch.randn(PROMPT, config.width, generator=torch_generator(0, "a prompt"))
+    held = KVCache(config, rows=1, device=torch.device("cpu"), dtype=torch.float32)
+    held.reserve(PROMPT)
+    return embeds, *held.buffers
 
 
 def _filled(config: DeepseekV2Config) -> KVCache:

@@ -7,9 +7,9 @@ in the order of the windows, so that those that see each other are neighbours; a
 picture does not care, for distances are looked up by place.
 
 The stream is float32 from the patches to the features; the weights stay where torch keeps them. Inputs of
-products, keys, values and shares of attention are rounded where a level multiplies pairs of bfloat16, and
-nowhere else. What a picture gives depends on the level alone: not on the pictures beside it or on the number
-of threads, bit for bit.
+products, keys, values and shares of attention are rounded where a level multiplies pairs of bfloat16, inputs
+of quantised matrices as `models.quantized` says, and nothing else. What a picture gives depends on the level
+alone: not on the pictures beside it or on the number of threads, bit for bit.
 
 Patch embedding, neck and downsampling stay with torch. So does everything where one call cannot serve a
 tower, which is looked at in every call: it takes a thousandth of the time.
@@ -23,11 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from seekvl.engine.kernels.accelerate import MOST_ROWS, PACKED, KernelLinear
+from seekvl.engine.kernels.accelerate import MOST_ROWS, PACKED, KernelLinear, KernelQuantizedLinear
 from seekvl.engine.kernels.compiled import LEVELS, library
+from seekvl.engine.kernels.packed import NUMBERS
 from seekvl.engine.kernels.products import DTYPES
 from seekvl.engine.kernels.structures import LayerNorm, Matrix, Tower, TowerBlock, Views
 from seekvl.models import sam, siglip
+from seekvl.models.quantized import QuantizedLinear, packed_shape
 from seekvl.models.sam import Sam, SamConfig, WindowAttention
 from seekvl.models.siglip import Attention, Mlp, Siglip, SiglipConfig
 
@@ -40,7 +42,7 @@ _GAINING = frozenset(LEVELS.index(level) for level in MOST_ROWS)
 PLAIN = frozenset(
     (
         *(siglip.Block, sam.Block, Attention, WindowAttention, Mlp),
-        *(nn.ModuleList, nn.LayerNorm, nn.Linear, KernelLinear),
+        *(nn.ModuleList, nn.LayerNorm, nn.Linear, KernelLinear, QuantizedLinear, KernelQuantizedLinear),
     )
 )
 """What the blocks of a tower may be made of. A subclass of these is somebody else's, and computes as he
@@ -81,7 +83,9 @@ class KernelSam(Sam):
 
 
 TOWERS: dict[type[nn.Module], type[nn.Module]] = {Siglip: KernelSiglip, Sam: KernelSam, **PACKED}
-"""What takes the place of what in a vision tower; one with quantised layers goes on layer by layer."""
+"""What takes the place of what in a vision tower. Its quantised layers are called by themselves where one
+call cannot serve the tower.
+"""
 
 
 def tower_level(tower: Siglip | Sam) -> str | None:
@@ -107,7 +111,8 @@ def describe(network: KernelSiglip | KernelSam, x: Tensor) -> Description | None
 
     That is so on levels that do not gain; with a gradient, under autocast, for patches that are elsewhere or
     of numbers that the kernels do not know; and where a part is not of the class of `PLAIN`, has a hook, or
-    has weights of another dtype, not in plain memory, or of other sizes than the config says.
+    has weights of another dtype that are not quantised, not in plain memory, or of other sizes than the
+    config says.
     """
     config = network.config
     if (
@@ -193,13 +198,26 @@ def _fits(block: nn.Module, config: SiglipConfig | SamConfig, *, dtype: torch.dt
         block.attn.heads == config.heads
         and block.mlp.approximate in CURVES
         and all(_norm_fits(norm, c, dtype=dtype) for norm in (block.norm1, block.norm2))
-        and all(
-            _readable(layer.weight, (rows, width), dtype=dtype)
-            and _readable(layer.bias, (rows,), dtype=dtype)
-            for layer, rows, width in linears
-        )
+        and all(_linear_fits(layer, rows, width, dtype=dtype) for layer, rows, width in linears)
         and all(_readable(tensor, shape, dtype=dtype) for tensor, shape in places)
     )
+
+
+def _linear_fits(layer: nn.Module, rows: int, width: int, *, dtype: torch.dtype) -> bool:
+    """Whether a linear layer, plain or quantised, has these sizes and a bias of this dtype."""
+    if isinstance(layer, QuantizedLinear):
+        packed = layer.packed
+        fits = (
+            type(packed) is Tensor
+            and packed.is_cpu
+            and packed.dtype is torch.uint8
+            and packed.shape == packed_shape(layer.kind, rows, width)
+            and packed.is_contiguous()
+        )
+    else:
+        assert isinstance(layer, nn.Linear)
+        fits = _readable(layer.weight, (rows, width), dtype=dtype)
+    return fits and _readable(layer.bias, (rows,), dtype=dtype)
 
 
 def _norm_fits(norm: nn.LayerNorm, width: int, *, dtype: torch.dtype) -> bool:
@@ -234,14 +252,19 @@ def _block(block: nn.Module, *, grid: int) -> TowerBlock:
     return out
 
 
-def _linear(layer: nn.Linear) -> Matrix:
+def _linear(layer: nn.Linear | QuantizedLinear) -> Matrix:
     """Translate a linear layer."""
+    assert layer.bias is not None
+    if isinstance(layer, QuantizedLinear):
+        weight, kind = layer.packed, NUMBERS[layer.kind]
+    else:
+        weight, kind = layer.weight, DTYPES[layer.weight.dtype]
     return Matrix(
-        weight=layer.weight.data_ptr(),
+        weight=weight.data_ptr(),
         bias=layer.bias.data_ptr(),
         rows=layer.out_features,
         width=layer.in_features,
-        kind=DTYPES[layer.weight.dtype],
+        kind=kind,
     )
 
 

@@ -5,6 +5,7 @@
 // emulator. The portable level itself is held against torch by those tests.
 //
 //     usage: levels LEVEL        its number in Python's LEVELS
+//            levels              says how the level of ARM multiplies bytes here: dotprod or plain
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -24,6 +25,7 @@ using namespace seekvl;
 
 extern "C" {
 int32_t seekvl_levels();
+int32_t seekvl_dotprod();
 void seekvl_linear(int32_t level, int32_t threads, int32_t weight_dtype, int32_t x_dtype, const void* weight,
                    const void* bias, const void* x, void* y, int64_t b, int64_t o, int64_t i);
 int32_t seekvl_linear_many(int32_t level, int32_t threads, int32_t weight_dtype, int32_t x_dtype, const void* weight,
@@ -291,6 +293,10 @@ void models() {
 }  // namespace
 
 int main(int count, char** arguments) {
+    if (count == 1) {
+        std::puts(seekvl_dotprod() ? "dotprod" : "plain");
+        return 0;
+    }
     other = count == 2 ? std::atoi(arguments[1]) : -1;
     if (other < 0 || !(seekvl_levels() >> other & 1)) {
         std::fprintf(stderr, "usage: levels LEVEL, the number of one that this machine executes\n");

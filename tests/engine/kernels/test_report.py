@@ -13,7 +13,7 @@ from seekvl.engine.kernels.compiled import SWITCH, Library
 from seekvl.engine.kernels.decoder import decode
 from seekvl.engine.kernels.packed import packed_linear
 from seekvl.engine.kernels.products import linear
-from seekvl.engine.kernels.prompts import prompt_logits
+from seekvl.engine.kernels.prompts import prompt_hidden, prompt_logits
 from seekvl.engine.kernels.report import compare_with_torch
 from seekvl.models.deepseek_v2 import DeepseekV2
 from seekvl.models.quantized import QuantizedLinear
@@ -27,8 +27,8 @@ def test_it_names_the_level_and_the_difference(level: str, monkeypatch: pytest.M
     product, *whole = (float(number) for number in re.findall(r"(\S+) in a", said))
     assert 0 < product < 1e-3
     assert all(0 < difference < report.STEP_LIMIT for difference in whole)
-    assert len(whole) == (4 if level in MOST_ROWS else 2)
-    left = "; torch computes a prompt and a vision tower"
+    assert len(whole) == (5 if level in MOST_ROWS else 2)
+    left = "; torch computes a prompt, a quantised prompt, a vision tower"
     assert said.endswith("in a vision tower" if level in MOST_ROWS else left)
 
 
@@ -101,6 +101,30 @@ def test_a_wrong_prompt_is_an_error(native: Library, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(report, "prompt_logits", wrong)
     with pytest.raises(SeekVLError, match=r"differs by 1\.0e-03 from torch in a prompt, at most 1e-05"):
+        compare_with_torch()
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "says"),
+    [
+        (1e-3, slice(None), "in a prompt of int8, at most 1e-05"),
+        (0.2, -1, "in a token of a prompt of int8"),
+    ],
+)
+def test_a_wrong_quantised_prompt_is_an_error(
+    size: float, tokens: slice | int, says: str, native: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: Any, **more: Any) -> Tensor:
+        hidden = prompt_hidden(*args, **more)
+        assert hidden is not None
+        hidden[tokens] += size
+        return hidden
+
+    if native.levels[-1] not in MOST_ROWS:
+        pytest.skip("torch reads prompts on this machine")
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(report, "prompt_hidden", wrong)
+    with pytest.raises(SeekVLError, match=says):
         compare_with_torch()
 
 

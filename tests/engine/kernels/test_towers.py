@@ -16,7 +16,7 @@ import seekvl
 from seekvl.engine.kernels import towers
 from seekvl.engine.kernels.accelerate import KERNELS, MOST_ROWS, accelerate
 from seekvl.engine.kernels.compiled import LEVELS, SWITCH, Library
-from seekvl.engine.kernels.towers import TOWERS, KernelSam, KernelSiglip, tower_level
+from seekvl.engine.kernels.towers import TOWERS, KernelSam, tower_level
 from seekvl.models.quantized import KINDS, Kind
 from seekvl.models.sam import Sam, SamConfig
 from seekvl.models.siglip import Siglip, SiglipConfig
@@ -382,14 +382,91 @@ def test_gradients_and_autocast_stay_as_they_were(native: Library, monkeypatch: 
         assert ours.to("meta")(pixels.double().to("meta"), normalized=True).is_meta
 
 
+LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def quantised(name: str, kind: Kind, *, only: tuple[str, ...] = LINEARS) -> Tower:
+    """Make a tower of which these layers are quantised in every block."""
+    tower = build(name)
+    for block in tower.blocks:
+        for layer in only:
+            block.set_submodule(layer, quantize_module(block.get_submodule(layer), kind)[0])
+    return tower
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantised_towers_go_layer_by_layer(native: Library, kind: Kind) -> None:
-    tower: Any = Siglip(replace(SMALL, width=48, mlp_width=64)).requires_grad_(False)
-    tower.blocks[0].mlp.fc1, _ = quantize_module(tower.blocks[0].mlp.fc1, kind)
-    accelerate(tower, kernels=TOWERS)
-    assert type(tower) is KernelSiglip
-    assert tower_level(tower) is None
-    assert tower(pictures(tower), normalized=True).isfinite().all()
+@pytest.mark.parametrize("name", ["small", "wide", "map", "large windows"])
+def test_a_quantised_tower_equals_its_layers(name: str, kind: Kind, level: str) -> None:
+    """Where an input lies on the border between two whole numbers it may fall either way, which all patches
+    see from the next block on: far less than what quantising changes.
+    """
+    tower, pixels = quantised(name, kind), pictures(build(name))
+    found, wanted = by_kernels(tower, pixels, level), by_torch(tower, pixels)
+    changed = distance(by_torch(build(name), pixels), wanted)
+    assert distance(found, wanted) < 0.25 * changed
+
+
+@pytest.mark.parametrize(
+    "only", [LINEARS[:1], LINEARS[1:2], LINEARS[2:3], LINEARS[3:], LINEARS[::2]], ids=str
+)
+@pytest.mark.parametrize("name", ["wide", "map"])
+def test_any_layer_may_be_quantised_among_plain_ones(name: str, only: tuple[str, ...], level: str) -> None:
+    tower, pixels = quantised(name, "int8", only=only), pictures(build(name))
+    found, wanted = by_kernels(tower, pixels, level), by_torch(tower, pixels)
+    assert distance(found, wanted) < 0.25 * distance(by_torch(build(name), pixels), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["small", "wide", "map"])
+def test_a_quantised_tower_of_half_precision_is_as_near_to_float32(
+    name: str, level: str, dtype: torch.dtype
+) -> None:
+    half = quantised(name, "int8").to(dtype)
+    exact = copy.deepcopy(half).float()
+    pixels = pictures(half)
+    wanted = by_torch(exact, pixels.float())
+    theirs = distance(by_torch(half, pixels), wanted)
+    assert 0 < distance(by_kernels(half, pixels, level), wanted) < 1.1 * theirs + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["wide", "large windows"])
+def test_neither_threads_nor_neighbours_change_a_bit_of_a_quantised_tower(
+    name: str, level: str, dtype: torch.dtype
+) -> None:
+    tower = quantised(name, "int8").to(dtype)
+    x = torch.randn(2, *tower.pos_embed.shape[1:], generator=torch.Generator().manual_seed(1)).to(dtype)
+    accelerate(tower, level=level, kernels=TOWERS)
+    before, wanted = torch.get_num_threads(), transformed(tower, x)
+    try:
+        torch.set_num_threads(3)
+        again, alone = transformed(tower, x), transformed(tower, x[1:])
+    finally:
+        torch.set_num_threads(before)
+    for index in range(2):
+        assert torch.equal(again[index], wanted[index])
+        assert torch.equal(alone[index][0], wanted[index][1])
+
+
+def test_quantised_layers_that_one_call_does_not_serve(native: Library) -> None:
+    def drop_bias(layer: Any) -> None:
+        layer.bias = None
+
+    def stride(layer: Any) -> None:
+        layer.packed = layer.packed.repeat_interleave(2, dim=1)[:, ::2]
+
+    def move(layer: Any) -> None:
+        layer.packed = layer.packed.to("meta")
+
+    def listen(layer: Any) -> None:
+        layer.register_forward_hook(lambda *_: None)
+
+    for change in (drop_bias, stride, move, listen):
+        tower: Any = quantised("map", "int8")
+        accelerate(tower, kernels=TOWERS)
+        assert tower_level(tower) == native.levels[-1]
+        change(tower.blocks[1].mlp.fc1)
+        assert tower_level(tower) is None
 
 
 def test_linear_layers_may_be_those_of_the_kernels(native: Library) -> None:

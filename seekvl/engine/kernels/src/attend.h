@@ -7,7 +7,8 @@
 //     token 1, head 0  | block 0 | 1 |                blocks, from left to right
 //
 // Blocks begin at column 0 and the order of sums within them is fixed, so a token's result depends on nothing but
-// what it sees. Heads that share keys and values read them together.
+// what it sees. Heads that share keys and values read them together. A thread takes up to kRun neighbouring blocks at a
+// time, all keys of them before the values.
 #pragma once
 
 #include <atomic>
@@ -18,6 +19,9 @@
 #include "step.h"
 
 namespace seekvl {
+
+constexpr int64_t kBlock = 128;     // columns
+constexpr int64_t kRun = 8;         // blocks
 
 // One layer's queries f32 and cache.
 struct Attention {
@@ -34,7 +38,9 @@ struct Attention {
 
 class Attender {
   public:
-    Attender(const Level& level, int threads, const Tokens& tokens, int64_t heads, int64_t kv_heads);
+    // `latent` where values are met twice, by scores and by what is weighted: a thread takes one block then, which
+    // stays in its cache.
+    Attender(const Level& level, int threads, const Tokens& tokens, int64_t heads, int64_t kv_heads, bool latent);
 
     // Numbers that `run` needs room for.
     int64_t room(int64_t value_width) const { return parts_ * (value_width + 2); }
@@ -43,9 +49,14 @@ class Attender {
 
   private:
     struct Heads { int64_t token, first, count, kv, blocks, part; };
-    struct Item { int64_t heads, block; };
+    struct Item { int64_t heads, block, count; };
+    struct Columns { int64_t first, count; };       // of a row's head in the cache
     static void work(const void* pointer, int64_t begin, int64_t end);
-    void attend(const Heads& heads, int64_t block) const;
+    void attend(const Heads& heads, int64_t block, int64_t count) const;
+    Columns columns_of(const Heads& heads, int64_t block) const;
+    void score(const Heads& heads, int64_t block, float (*scores)[kBlock]) const;
+    void add_latent_scores(const Columns& columns, int64_t first, Operand m, float (*scores)[kBlock]) const;
+    void mix(const Heads& heads, int64_t block, const float (*scores)[kBlock]) const;
     void merge(const Heads& heads) const;
 
     const Level& level_;

@@ -427,7 +427,9 @@ template <class Machine, class Lanes, class Pairs = Lanes>
 constexpr Many many_of() {
     static_assert(Lanes::lanes * Lanes::vectors <= kMostLanes && kStrip % Lanes::rows == 0);
     constexpr int64_t lanes = Pairs::halves ? Pairs::lanes / 2 : Lanes::lanes;
-    return {lanes, Lanes::lanes * Lanes::vectors, Machine::pairs, pack<Machine, Lanes>, plain<Machine, Lanes, Pairs>,
+    constexpr int64_t chains = 8;  // sums that hide each other's latency
+    constexpr int64_t least = (chains + Lanes::rows - 1) / Lanes::rows;
+    return {lanes, Lanes::lanes * Lanes::vectors, Lanes::lanes, least, Machine::pairs, pack<Machine, Lanes>, plain<Machine, Lanes, Pairs>,
             weighted<Machine, Lanes, Pairs>, gated<Machine, Lanes, Pairs>};
 }
 

@@ -227,7 +227,7 @@ EXPORT int32_t seekvl_prompt(int32_t level, int32_t threads, const Network* netw
 // no memory.
 EXPORT int32_t seekvl_tower(int32_t level, int32_t threads, const Tower* tower, const Views* views) {
     try {
-        see({level_at(level), many_at(level), tower_at(level)}, threads, *tower, *views);
+        see({level_at(level), many_at(level), tower_at(level), packed_level_at(level)}, threads, *tower, *views);
         return 0;
     } catch (const std::exception&) {
         return 1;

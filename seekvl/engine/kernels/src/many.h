@@ -41,6 +41,8 @@ struct Range {
 
 struct Many {
     int64_t lanes, most;
+    int64_t vector;     // lanes that take the time of one
+    int64_t least;      // vectors: a block takes no less time than one of so many
     bool pairs;         // whether Product::input may be BF16 where the weight is
 
     // Pack the rows x[row] of dtype `from` for `product`.

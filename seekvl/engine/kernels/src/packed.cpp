@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include "experts.h"
@@ -28,6 +30,18 @@ bool has_vnni() {
 #if defined(__x86_64__)
     uint32_t a, b, c, d;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
+#else
+    return false;
+#endif
+}
+
+// Whether an ARM processor multiplies four bytes; all that macOS runs on do.
+bool has_dotprod() {
+#if defined(__aarch64__) && defined(__APPLE__)
+    return true;
+#elif defined(__aarch64__) && defined(__linux__)
+    constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP, which older headers do not name
+    return getauxval(AT_HWCAP) & kAsimdDp;
 #else
     return false;
 #endif
@@ -195,7 +209,8 @@ const PackedLevel& packed_level_at(int32_t index) {
     if (index >= AVX512 && vnni) return packed_vnni;
     if (index >= AVX2) return packed_avx2;
 #elif defined(__aarch64__)
-    if (index == NEON) return packed_neon;
+    static const bool dotprod = has_dotprod();
+    if (index == NEON) return dotprod ? packed_dotprod : packed_neon;
 #endif
     return packed_portable;
 }
@@ -209,8 +224,9 @@ EXPORT int64_t seekvl_packed_bytes(int32_t kind, int64_t rows, int64_t width) {
     return tiles_of(rows) * tile_bytes(static_cast<Dtype>(kind), width);
 }
 
-// Whether the levels of AVX-512 multiply bytes by VNNI.
+// Whether the levels of AVX-512 multiply bytes by VNNI, and that of ARM by dotprod.
 EXPORT int32_t seekvl_vnni() { return has_vnni(); }
+EXPORT int32_t seekvl_dotprod() { return has_dotprod(); }
 
 // y[b, o] = x[b, i] W[o, i]^T + bias[o]; x, y and bias have one dtype.
 EXPORT void seekvl_packed_linear(int32_t level, int32_t threads, int32_t kind, int32_t dtype, const uint8_t* weight,

@@ -90,6 +90,6 @@ struct PackedLevel {
 // What a level, by its index in Python's LEVELS, does with quantised matrices on this machine.
 const PackedLevel& packed_level_at(int32_t index);
 
-extern const PackedLevel packed_portable, packed_neon, packed_avx2, packed_vnni;
+extern const PackedLevel packed_portable, packed_neon, packed_dotprod, packed_avx2, packed_vnni;
 
 }  // namespace seekvl

@@ -51,14 +51,6 @@ Meeting meeting_of(const Prepared& x, int64_t kind, float* const* to, const floa
             shares ? shares + first : nullptr, room};
 }
 
-// to[row][i] = what lanes hold.
-void unpack(const Block& block, Dtype input, int64_t width, float* const* to) {
-    for (int64_t row = 0; row < block.rows; ++row)
-        for (int64_t i = 0; i < width; ++i)
-            to[row][i] = input == F32 ? static_cast<const float*>(block.packed)[i * block.lanes + row]
-                                      : get(BF16, block.packed, (i / 2 * block.lanes + row) * 2 + i % 2);
-}
-
 }  // namespace
 
 Readers::Readers(std::initializer_list<const Matrix*> matrices) {
@@ -125,7 +117,8 @@ void Products::gate(const Prepared& x, const Layer& layer, float* hidden, const 
     if (!is_packed(layer.down)) return;
     each(threads_, x.cuts.all.size(), [&](int64_t index) {
         const Cut& cut = x.cuts.all[index];
-        unpack(to.block(cut, width), to.input, width, &rows[cut.first]);
+        for (int64_t row = 0; row < cut.rows; ++row)
+            unpack_row(to.block(cut, width), to.input, width, row, rows[cut.first + row]);
         prepare(hidden, width, cut, down, to);
     });
 }

@@ -7,6 +7,7 @@
 
 #include "cut.h"
 #include "memory.h"
+#include "numbers.h"
 #include "pool.h"
 
 namespace seekvl {
@@ -38,6 +39,14 @@ struct Cuts {
         });
     }
 };
+
+// to[i] = what the lanes of a row hold, float32 or pairs of bfloat16.
+inline void unpack_row(const Block& block, Dtype input, int64_t width, int64_t row, float* to) {
+    const float* const wide = static_cast<const float*>(block.packed) + row;
+    const uint16_t* const pairs = static_cast<const uint16_t*>(block.packed) + 2 * row;
+    for (int64_t i = 0; i < width; ++i)
+        to[i] = input == F32 ? wide[i * block.lanes] : from_bf16(pairs[i / 2 * 2 * block.lanes + i % 2]);
+}
 
 // Memory for as many threads as compute at once.
 class Rooms {

@@ -128,7 +128,7 @@ class Step {
          const Tokens& tokens)
         : level_(level), packed_(packed), threads_(threads), net_(net), cache_(cache), tokens_(tokens), n_(tokens.n),
           job_(level, threads, &packed),
-          attender_(level, threads, tokens, net.heads, net.latent ? 1 : net.kv_heads),
+          attender_(level, threads, tokens, net.heads, net.latent ? 1 : net.kv_heads, net.latent > 0),
           experts_(n_ * net.router.active),
           scratch_(needed()),
           b_(lay_out([this](int64_t count) { return scratch_.take(count); })) {}

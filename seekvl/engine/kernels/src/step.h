@@ -16,7 +16,7 @@ namespace seekvl {
 // A matrix [rows, width], row after row or packed; of experts a stack of them, one behind the other.
 struct Matrix {
     const void* weight;         // null where there is no such matrix
-    const void* bias;           // [rows] of the weight's kind, or null, as it is with a packed weight
+    const void* bias;           // [rows] of the weight's kind, with a packed weight of a tower's; or null
     int64_t rows, width;
     int64_t kind;               // a Dtype
 };

@@ -25,9 +25,9 @@ struct TowerBlock {
     int64_t curve;              // a Curve, of the MLP
 };
 
-// All weights are of one kind.
+// Every one of qkv, proj, fc1 and fc2 may be quantised; all other weights are of one kind.
 struct Tower {
-    int64_t kind;               // a Dtype
+    int64_t kind;               // a Dtype, of biases, too
     int64_t width, heads, hidden;
     int64_t grid, window;       // g; w of those blocks that do not see the whole picture
     int64_t block_count;
@@ -35,7 +35,7 @@ struct Tower {
     LayerNorm norm;             // after the last block
 };
 
-// Embedded patches, and where the results go, all of the kind of the weights.
+// Embedded patches, and where the results go, all of the kind of a tower.
 struct Views {
     int64_t n;
     const void* x;              // [n, t, c]
@@ -49,6 +49,7 @@ struct TowerMachinery {
     const Level& level;
     const Many& many;
     const TowerLevel& tower;
+    const PackedLevel& packed;
 };
 
 // Write what becomes of the pictures. What a picture gives depends on the level alone: not on the other pictures or on

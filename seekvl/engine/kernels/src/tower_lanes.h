@@ -214,7 +214,7 @@ void look(const Sight& sight, float* room) {
 
 template <class Machine, class Lanes, class Pairs = Lanes>
 constexpr TowerLevel tower_of() {
-    return {packed_product<Machine, Lanes, Pairs>, turned_product<Machine, Lanes, Pairs>, centre<Machine>,
+    return {packed_product<Machine, Lanes, Pairs>, turned_product<Machine, Lanes, Pairs>, centre<Machine>, bend,
             look<Machine, Lanes, Pairs>};
 }
 

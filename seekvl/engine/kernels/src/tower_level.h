@@ -53,6 +53,8 @@ struct TowerLevel {
                    const Range&);
     // y = (x - mean of x) / sqrt(variance of x + eps) * weight + bias; y is not x.
     void (*norm)(Dtype, const void* weight, const void* bias, float eps, const float* x, float* y, int64_t width);
+    // numbers = curve(numbers) * factor, and up to a vector of 16 behind them.
+    void (*bend)(Curve, float factor, float* numbers, int64_t count);
     // Write `out`; `room` has room for `sight_room` numbers and begins with a cache line.
     void (*look)(const Sight&, float* room);
 };
