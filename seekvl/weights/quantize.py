@@ -307,15 +307,43 @@ def saved_bytes(config: AnyConfig, kind: Kind, *, itemsize: int, rows: int | Non
     Rows choose their experts as in `models.cost.step_parameters`. What vision and adaptor may save depends on
     their numbers, and is not counted.
     """
-    model, saved = on_meta(config), 0.0
+    saved = 0.0
+    for _, module, matrix_kind in _packed_in_language(config, kind, itemsize=itemsize):
+        matrices = _matrices(module)
+        less = itemsize * sum(matrix.numel() for matrix in matrices) - _packed_bytes(matrices, matrix_kind)
+        saved += less * (_share_read(config, rows=rows) if isinstance(module, Experts) else 1.0)
+    return saved
+
+
+def packed_operations(config: AnyConfig, kind: Kind, *, itemsize: int, tokens: int) -> float:
+    """Return the operations with packed matrices of the language model that so many tokens take, the last of
+    which passes the head: a part of `models.cost.language_flops`. A plain number takes `itemsize` bytes.
+    """
+    found = 0.0
+    moe = config.language.moe if isinstance(config, VL2Config) else None
+    for name, module, _ in _packed_in_language(config, kind, itemsize=itemsize):
+        numbers = sum(matrix.numel() for matrix in _matrices(module))
+        if isinstance(module, Experts):
+            assert moe is not None
+            found += 2.0 * tokens * numbers * moe.active / moe.experts
+        else:
+            found += 2.0 * numbers * (1 if name == "language.lm_head" else tokens)
+    return found
+
+
+def _packed_in_language(
+    config: AnyConfig, kind: Kind, *, itemsize: int
+) -> Iterator[tuple[str, nn.Linear | Experts, Kind]]:
+    """Yield name, module and kind of what a format makes smaller in a language model; none has memory."""
+    model = on_meta(config)
     for name, matrix_kind in candidates(model, kind).items():
         module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear | Experts)
         if not name.startswith("language.") or _numbers(module) < SMALLEST:
             continue
         matrices = _matrices(module)
-        less = itemsize * sum(matrix.numel() for matrix in matrices) - _packed_bytes(matrices, matrix_kind)
-        saved += max(0, less) * (_share_read(config, rows=rows) if isinstance(module, Experts) else 1.0)
-    return saved
+        if _packed_bytes(matrices, matrix_kind) < itemsize * sum(matrix.numel() for matrix in matrices):
+            yield name, module, matrix_kind
 
 
 def _share_read(config: AnyConfig, *, rows: int | None) -> float:
