@@ -10,7 +10,8 @@ from seekvl.evals.peers import disagreement
 from seekvl.models.llama import Llama, LlamaConfig
 from seekvl.models.quantized import KINDS, Kind
 
-pytest.importorskip("llama_cpp", reason="the extra llama is not installed")
+for package in ("llama_cpp", "gguf"):
+    pytest.importorskip(package, reason="the extra llama is not installed: llama.cpp compiles for minutes")
 
 CONFIG = LlamaConfig(vocab_size=300, width=128, layers=3, heads=4, kv_heads=2, mlp_width=160)
 PROMPT, COUNT = list(range(5, 300, 11)), 6
