@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from seekvl.engine.engine import Engine
 from seekvl.evals.clock import device_clock
 from seekvl.evals.machine import Neighbours, device_memory
 from seekvl.evals.peer_llama import LlamaCpp
@@ -146,6 +147,8 @@ def measure_seekvl(job: Job) -> Measured:
     began = clock()
     vlm = endless(job)
     loaded = clock() - began
+    limits = replace(vlm.engine.limits, guess=0)  # a step for each token is what is counted
+    vlm.engine = Engine(vlm.model, vlm.tokenizer, limits=limits)
     asked = question(vlm.processor, shown=job.shown)
     bill = vlm.processor(asked).bill
     _require_room(job, prompt=bill.total, positions=vlm.config.language.max_positions)
