@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
     from seekvl.engine.sampler import Sampler
-    from seekvl.models.quantized import Kind
     from seekvl.presets import Preset
 
 PEER = "transformers"
@@ -92,6 +91,8 @@ def main() -> None:
     if args.worker is not None:
         print(json.dumps(asdict(work(args))))
         return
+    from seekvl.evals.random_weights import quantise_beside
+
     with tempfile.TemporaryDirectory(prefix="seekvl-bench-") as scratch:
         folder = args.folder or Path(scratch) / "checkpoint"
         make_checkpoint(folder, tiny=args.tiny)
@@ -99,7 +100,8 @@ def main() -> None:
         files = {name: Path(scratch) / f"{name}.safetensors" for name in ("plain", *folders)}
         plain = None
         if args.quantize is not None:
-            folders["seekvl"] = make_quantised(folder, args.quantize)
+            print(f"weights in {args.quantize}", file=sys.stderr)
+            folders["seekvl"] = quantise_beside(folder, args.quantize, dtype="bfloat16")
             print("to be compared: seekvl in bfloat16", file=sys.stderr)
             plain = run_side("seekvl", folder, logits=files["plain"], args=args)
         runs: dict[str, list[Measured]] = {"seekvl": [], PEER: []}
@@ -169,20 +171,6 @@ def make_checkpoint(folder: Path, *, tiny: bool) -> None:
     if not (folder / "config.json").exists():
         print(f"writing random weights to {folder}", file=sys.stderr)
         write_random(preset(tiny=tiny), folder)
-
-
-def make_quantised(folder: Path, kind: "Kind") -> Path:
-    """Write the weights of a folder in a format beside it, unless they are there; return that folder."""
-    from seekvl.weights.load import load_checkpoint
-    from seekvl.weights.save_quantized import save_quantized
-
-    target = folder.with_name(f"{folder.name}-{kind}")
-    if not (target / "config.json").exists():
-        print(f"writing the weights in {kind} to {target}", file=sys.stderr)
-        source = load_checkpoint(folder, device="cpu", dtype="bfloat16")
-        tokenizer = source.folder / "tokenizer.json"
-        save_quantized(source.model, target, kind=kind, config=source.config, tokenizer=tokenizer)
-    return target
 
 
 def run_side(side: str, folder: Path, *, logits: Path, args: argparse.Namespace) -> Measured:

@@ -25,7 +25,7 @@ from seekvl.engine.plan import find_config, plan_pictures
 from seekvl.evals.ceilings import Ceilings, best_of, measure_ceilings
 from seekvl.evals.gguf import FORMATS, write_gguf
 from seekvl.evals.machine import device_name, fill_page_cache, wait_until_quiet
-from seekvl.evals.random_weights import write_random
+from seekvl.evals.random_weights import quantise_beside, write_random
 from seekvl.evals.speed_process import PICTURE, Job, Measured, Side
 from seekvl.evals.speed_report import Figure, Report, decode, memory, works
 from seekvl.models.cost import parameters
@@ -37,7 +37,6 @@ from seekvl.runtime import DTYPES, SeekVLError, require, select_device, select_d
 from seekvl.weights.config import CheckpointConfig
 from seekvl.weights.load import BUNDLED, choose_format, find_folder, load_checkpoint
 from seekvl.weights.save import save_checkpoint
-from seekvl.weights.save_quantized import save_quantized
 
 Peer: TypeAlias = Literal["transformers", "llama.cpp"]
 
@@ -102,7 +101,8 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
     """Measure a bundled model, a folder, or a published name, of which random weights are made; nothing is
     downloaded.
 
-    folder: keeps the random weights of a published name, and takes them from there the next time.
+    folder: keeps the random weights of a published name, and quantised ones beside it, and takes them from
+    there the next time.
     say: is told what is done now.
 
     Raises SeekVLError for what cannot be loaded or measured, for a peer that lacks the model or its package,
@@ -123,7 +123,9 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
         )
         plain, file = model, None
         if settings.quantize is not None and kind is not None and config.quantization is None:
-            model = _quantized(plain, kind, settings=settings, scratch=scratch, say=say)
+            say(f"writing the weights in {kind}, unless they are there")
+            target = None if kept is not None else scratch / kind
+            model = str(quantise_beside(find_folder(plain), kind, dtype=settings.dtype, target=target))
         if settings.peer == "llama.cpp":
             file = _gguf(plain, None, settings=settings, scratch=scratch, say=say)
         if settings.peer is not None:
@@ -214,15 +216,6 @@ def _weights(
             f"transformers cannot load {name} ({error}); measure it without a peer, or "
             "deepseek-vl-1.3b-chat with one"
         ) from error
-    return str(target)
-
-
-def _quantized(model: str, kind: Kind, *, settings: Settings, scratch: Path, say: Say) -> str:
-    """Write a quantised folder; return it."""
-    say(f"writing the weights in {kind}")
-    source, target = load_checkpoint(model, device="cpu", dtype=settings.dtype), scratch / kind
-    tokenizer = source.folder / "tokenizer.json"
-    save_quantized(source.model, target, kind=kind, config=source.config, tokenizer=tokenizer)
     return str(target)
 
 
