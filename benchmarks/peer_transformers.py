@@ -3,9 +3,11 @@
 The checkpoint has the true dimensions and random weights, so nothing is downloaded. Processes of the two
 programs alternate; every figure is the median over the rounds. Before anything is timed both have to show
 that they compute the same: equal greedy tokens, or a first difference between two tokens that are as good as
-tied.
+tied. With --quantize seekvl is timed with whole numbers of eight or four bits, written once from the same
+weights, beside transformers in bfloat16; what is compared before is bfloat16 on both sides.
 
     python benchmarks/peer_transformers.py --rounds 3 --json
+    python benchmarks/peer_transformers.py --quantize int8
 """
 
 import argparse
@@ -89,16 +91,27 @@ def main() -> None:
     if args.worker is not None:
         print(json.dumps(asdict(work(args))))
         return
+    from seekvl.evals.random_weights import quantise_beside
+
     with tempfile.TemporaryDirectory(prefix="seekvl-bench-") as scratch:
         folder = args.folder or Path(scratch) / "checkpoint"
         make_checkpoint(folder, tiny=args.tiny)
+        folders = {"seekvl": folder, PEER: folder}
+        files = {name: Path(scratch) / f"{name}.safetensors" for name in ("plain", *folders)}
+        plain = None
+        if args.quantize is not None:
+            print(f"weights in {args.quantize}", file=sys.stderr)
+            folders["seekvl"] = quantise_beside(folder, args.quantize, dtype="bfloat16")
+            print("to be compared: seekvl in bfloat16", file=sys.stderr)
+            plain = run_side("seekvl", folder, logits=files["plain"], args=args)
         runs: dict[str, list[Measured]] = {"seekvl": [], PEER: []}
         for number in range(args.rounds):
             for side in sorted(runs, reverse=bool(number % 2)):  # who goes first changes every round
                 print(f"round {number + 1} of {args.rounds}: {side}", file=sys.stderr)
-                runs[side].append(run_side(side, folder, scratch=Path(scratch), args=args))
+                runs[side].append(run_side(side, folders[side], logits=files[side], args=args))
                 print(f"  {shown(runs[side][-1])}", file=sys.stderr)
-        agreement = compare(runs, scratch=Path(scratch))
+        ours = (plain or runs["seekvl"][-1], files["seekvl" if plain is None else "plain"])
+        agreement = compare(ours, (runs[PEER][-1], files[PEER]))
     report(runs, agreement=agreement, args=args)
 
 
@@ -107,6 +120,11 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here and reuse it (4 GB)")
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="time seekvl in this format; it is kept beside --folder, as FOLDER-int8",
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each program")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to decode")
     parser.add_argument("--rounds", type=int, default=3, help="processes per program")
@@ -141,7 +159,7 @@ def preset(*, tiny: bool) -> "Preset":
     model = VLConfig(
         vision=replace(SIGLIP_LARGE, image_size=64, width=32, layers=2, heads=2, mlp_width=64),
         adaptor=AdaptorConfig(kind="mlp_gelu", input_width=32, width=64),
-        language=LlamaConfig(vocab_size=1024, width=64, layers=2, heads=4, kv_heads=4, mlp_width=128),
+        language=LlamaConfig(vocab_size=4096, width=64, layers=2, heads=4, kv_heads=4, mlp_width=128),
     )
     return replace(VL_1B, model=model, image=replace(VL_1B.image, image_size=64, patch_slots_side=4))
 
@@ -155,12 +173,12 @@ def make_checkpoint(folder: Path, *, tiny: bool) -> None:
         write_random(preset(tiny=tiny), folder)
 
 
-def run_side(side: str, folder: Path, *, scratch: Path, args: argparse.Namespace) -> Measured:
+def run_side(side: str, folder: Path, *, logits: Path, args: argparse.Namespace) -> Measured:
     """Measure one program in a fresh process, with the weights in the page cache."""
     fill_page_cache(folder)
     wait_until_quiet(seconds=args.quiet)
     command = [sys.executable, __file__, "--worker", side, "--folder", str(folder)]
-    command += ["--logits", str(scratch / f"{side}.safetensors")]
+    command += ["--logits", str(logits)]
     command += ["--threads", str(args.threads), "--tokens", str(args.tokens)]
     if args.cpu_time:
         command.append("--cpu-time")
@@ -227,7 +245,7 @@ def start_seekvl(folder: Path, *, clock: Clock) -> Started:
     """Load seekvl and return how to ask it."""
     from seekvl.engine import engine as room
     from seekvl.engine.generate import generate
-    from seekvl.engine.kernels.accelerate import accelerate
+    from seekvl.engine.kernels.accelerate import PACKED, accelerate
     from seekvl.engine.kernels.towers import TOWERS
     from seekvl.engine.request import Request, SamplingParams
     from seekvl.processing.encode import ModelInput, TokenBill
@@ -237,6 +255,7 @@ def start_seekvl(folder: Path, *, clock: Clock) -> Started:
     checkpoint = load_checkpoint(folder, device="cpu", dtype="bfloat16")
     accelerate(checkpoint.model.language)
     accelerate(checkpoint.model.vision, kernels=TOWERS)
+    accelerate(checkpoint.model.adaptor, kernels=PACKED)
     load = clock() - began
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
     image_id, slots, side = tokenizer.image_id, model.config.visual_tokens, model.config.image_size
@@ -320,12 +339,14 @@ def start_transformers(folder: Path, *, clock: Clock) -> Started:
     return load, answer
 
 
-def compare(runs: dict[str, list[Measured]], *, scratch: Path) -> str:
-    """Say how well the programs agree; stop where they do not compute the same."""
+def compare(seekvl: tuple[Measured, Path], peer: tuple[Measured, Path]) -> str:
+    """Say how well the programs agree, each with its file of logits; stop where they do not compute the
+    same.
+    """
     from safetensors.torch import load_file
 
-    ours, theirs = (load_file(scratch / f"{side}.safetensors")["logits"] for side in ("seekvl", PEER))
-    tokens, others = runs["seekvl"][-1].tokens, runs[PEER][-1].tokens
+    ours, theirs = (load_file(file)["logits"] for _, file in (seekvl, peer))
+    tokens, others = (measured.tokens for measured, _ in (seekvl, peer))
     same = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
     rows = min(same + 1, len(tokens))  # logits after a different token answer another question
     largest = float((ours[:rows] - theirs[:rows]).abs().max() / theirs[:rows].std())
@@ -349,7 +370,8 @@ def report(runs: dict[str, list[Measured]], *, agreement: str, args: argparse.Na
 
     name = "tiny dimensions" if args.tiny else "DeepSeek-VL-1.3B"
     clock = "CPU time of 1 thread" if args.cpu_time else f"{args.threads} threads"
-    print(f"{name}, random bfloat16 weights, 1 picture and {TEXT_TOKENS} text tokens, {clock}")
+    ours_in = "" if args.quantize is None else f" (seekvl's in {args.quantize})"
+    print(f"{name}, random bfloat16 weights{ours_in}, 1 picture and {TEXT_TOKENS} text tokens, {clock}")
     print(
         f"seekvl {seekvl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, "
         f"{processor()}"

@@ -86,3 +86,9 @@ def test_cache_of_a_token(name: str, numbers: int) -> None:
     """Latent attention keeps 576 numbers per token and layer."""
     language = CHECKPOINTS[f"deepseek-ai/deepseek-{name}"].model.language
     assert sum(heads * width for heads, width in language.cache_shape) * language.layers == numbers
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_no_part_of_a_preset_takes_memory_before_it_is_loaded(name: str) -> None:
+    model = on_meta(CHECKPOINTS[name].model)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))

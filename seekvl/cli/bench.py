@@ -59,7 +59,8 @@ def bench(
         typer.Option(
             metavar="FOLDER",
             file_okay=False,
-            help="Keep the random weights of a published name here, and take them from here.",
+            help="Keep the random weights of a published name here, quantised ones beside it, and take them "
+            "from there.",
         ),
     ] = None,
     plot: Annotated[

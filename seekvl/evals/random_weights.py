@@ -12,13 +12,15 @@ import torch
 
 from seekvl.engine.budget import free_bytes
 from seekvl.models.cost import parameters
+from seekvl.models.quantized import Kind
 from seekvl.models.vl2 import AnyVL, VL2Config, on_meta
 from seekvl.presets import Preset
 from seekvl.processing.tokenizer import VL2_ADDED
 from seekvl.runtime import SeekVLError, seed_for
-from seekvl.weights.config import VL2_TOKENS, CheckpointConfig, SpecialTokens
-from seekvl.weights.load import BUNDLED, NANO
+from seekvl.weights.config import VL2_TOKENS, CheckpointConfig, SpecialTokens, read_config
+from seekvl.weights.load import BUNDLED, NANO, load_checkpoint
 from seekvl.weights.save import save_checkpoint
+from seekvl.weights.save_quantized import save_quantized
 from seekvl.weights.self_check import SELFCHECK
 
 TOKENIZERS = {
@@ -69,6 +71,25 @@ def random_config(preset: Preset) -> CheckpointConfig:
         specials=SPECIALS[tiled],
         layout="official" if tiled else "transformers",
     )
+
+
+def quantise_beside(folder: Path, kind: Kind, *, dtype: str, target: Path | None = None) -> Path:
+    """Return a folder with the weights of another one in a format, after writing it unless it is there.
+
+    target: where; by default beside the other, as FOLDER-int8.
+
+    Raises SeekVLError for a target that holds something else.
+    """
+    target = target or folder.with_name(f"{folder.name}-{kind}")
+    if (target / "config.json").exists():
+        there, wanted = read_config(target), read_config(folder)
+        if (there.quantization, there.model) != (kind, wanted.model):
+            raise SeekVLError(f"{target} holds something else than {folder} in {kind}; move it away")
+        return target
+    source = load_checkpoint(folder, device="cpu", dtype=dtype)
+    tokenizer = source.folder / "tokenizer.json"
+    save_quantized(source.model, target, kind=kind, config=source.config, tokenizer=tokenizer)
+    return target
 
 
 def _check_room(size: int, folder: Path) -> None:

@@ -6,6 +6,7 @@ former, up to the rate of products; how far a point hangs below it is what is lo
 
 from pathlib import Path
 
+from seekvl.evals.ceilings import INT8
 from seekvl.evals.speed_report import Figure, Report
 from seekvl.runtime import SeekVLError, atomic_file, require
 
@@ -32,17 +33,14 @@ def draw_roofline(report: Report, path: Path) -> None:
     canvas = Canvas(figsize=(7.6, 4.6), dpi=110, layout="constrained")
     axes = canvas.subplots()
     left, right = min(x for _, x, _ in points) / 4, max(x for _, x, _ in points) * 4
-    peak, read = report.ceilings.operations[report.dtype], report.ceilings.read
+    read, peaks = report.ceilings.read, _peaks(report)
+    peak = max(peaks.values())
     left, right = min(left, peak / read / 4), max(right, peak / read * 4)
-    corner = peak / read
-    axes.plot([left, corner, right], [left * read, peak, peak], color=ROOF, linewidth=2)
-    axes.text(
-        right / 1.15,
-        peak * 1.15,
-        f"{report.dtype} products, {peak / 1e9:,.0f} GFLOP/s",
-        ha="right",
-        color=ROOF,
-    )
+    for name, rate in peaks.items():
+        axes.plot([left, rate / read, right], [left * read, rate, rate], color=ROOF, linewidth=2)
+        unit = "GOP/s" if name == INT8 else "GFLOP/s"
+        says = f"{name} products, {rate / 1e9:,.0f} {unit}"
+        axes.text(right / 1.15, rate * 1.15, says, ha="right", color=ROOF)
     axes.text(left * 1.25, left * read * 6, f"memory read,\n{read / 1e9:.1f} GB/s", color=ROOF)
     for figure, x, y in points:
         axes.plot([x], [y], "o", color=POINT, markersize=6)
@@ -66,6 +64,13 @@ def draw_roofline(report: Report, path: Path) -> None:
     axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
     with atomic_file(path) as part:
         canvas.savefig(part, format="png")
+
+
+def _peaks(report: Report) -> dict[str, float]:
+    """Return the rates of the products that a model takes, by their name: of a quantised one two."""
+    found = {report.dtype: report.ceilings.operations[report.dtype]}
+    whole = report.ceilings.operations.get(INT8)
+    return found if report.quantize is None or whole is None else found | {INT8: whole}
 
 
 def check_plot(path: Path) -> None:

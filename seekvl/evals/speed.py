@@ -1,9 +1,10 @@
 """How fast a model answers on this machine, what share of the machine's ceilings that is, and beside a peer.
 
-Memory read and matrix products are measured first, then load, vision, prefill and decoding, each program in
-processes of its own, in alternation. Nothing of a peer is timed before it has shown that it computes the same
-(`evals.peers.disagreement`). Beside llama.cpp, which is given the language model alone, there is no picture,
-and quantised weights are compared with its own formats after both have computed the same with plain ones.
+Load, vision, prefill and decoding are measured, each program in processes of its own, in alternation, and
+memory read and matrix products before each of them and at the end. Nothing of a peer is timed before it has
+shown that it computes the same (`evals.peers.disagreement`). Beside llama.cpp, which is given the language
+model alone, there is no picture, and quantised weights are compared with its own formats after both have
+computed the same with plain ones.
 """
 
 import json
@@ -21,10 +22,10 @@ import torch
 
 from seekvl import __version__
 from seekvl.engine.plan import find_config, plan_pictures
-from seekvl.evals.ceilings import measure_ceilings
+from seekvl.evals.ceilings import Ceilings, best_of, measure_ceilings
 from seekvl.evals.gguf import FORMATS, write_gguf
 from seekvl.evals.machine import device_name, fill_page_cache, wait_until_quiet
-from seekvl.evals.random_weights import write_random
+from seekvl.evals.random_weights import quantise_beside, write_random
 from seekvl.evals.speed_process import PICTURE, Job, Measured, Side
 from seekvl.evals.speed_report import Figure, Report, decode, memory, works
 from seekvl.models.cost import parameters
@@ -36,7 +37,6 @@ from seekvl.runtime import DTYPES, SeekVLError, require, select_device, select_d
 from seekvl.weights.config import CheckpointConfig
 from seekvl.weights.load import BUNDLED, choose_format, find_folder, load_checkpoint
 from seekvl.weights.save import save_checkpoint
-from seekvl.weights.save_quantized import save_quantized
 
 Peer: TypeAlias = Literal["transformers", "llama.cpp"]
 
@@ -101,7 +101,8 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
     """Measure a bundled model, a folder, or a published name, of which random weights are made; nothing is
     downloaded.
 
-    folder: keeps the random weights of a published name, and takes them from there the next time.
+    folder: keeps the random weights of a published name, and quantised ones beside it, and takes them from
+    there the next time.
     say: is told what is done now.
 
     Raises SeekVLError for what cannot be loaded or measured, for a peer that lacks the model or its package,
@@ -122,10 +123,9 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
         )
         plain, file = model, None
         if settings.quantize is not None and kind is not None and config.quantization is None:
-            model = _quantized(plain, kind, settings=settings, scratch=scratch, say=say)
-        wait_until_quiet(seconds=settings.quiet)
-        say("measuring memory and products")
-        ceilings = measure_ceilings(threads=settings.threads, dtype=settings.dtype, device=settings.device)
+            say(f"writing the weights in {kind}, unless they are there")
+            target = None if kept is not None else scratch / kind
+            model = str(quantise_beside(find_folder(plain), kind, dtype=settings.dtype, target=target))
         if settings.peer == "llama.cpp":
             file = _gguf(plain, None, settings=settings, scratch=scratch, say=say)
         if settings.peer is not None:
@@ -133,7 +133,7 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
         if file is not None and kind is not None:
             file.unlink()
             file = _gguf(plain, kind, settings=settings, scratch=scratch, say=say)
-        runs = _alternate(model, settings, file=file, say=say)
+        runs, ceilings = _alternate(model, settings, file=file, say=say)
     ours = runs["seekvl"]
     peer = None if settings.peer is None else runs[settings.peer]
     busy = [measured.neighbours for side in runs.values() for measured in side]
@@ -152,7 +152,7 @@ def bench(name: str, settings: Settings, *, folder: Path | None = None, say: Say
         image_tokens=ours[-1].image_tokens,
         neighbours=(statistics.mean(busy), max(busy)),
         peer=settings.peer,
-        ceilings=ceilings,
+        ceilings=best_of(ceilings),
         figures=(),
     )
     return replace(report, figures=_figures(report, ours, peer, config=config, batches=settings.batches))
@@ -219,15 +219,6 @@ def _weights(
     return str(target)
 
 
-def _quantized(model: str, kind: Kind, *, settings: Settings, scratch: Path, say: Say) -> str:
-    """Write a quantised folder; return it."""
-    say(f"writing the weights in {kind}")
-    source, target = load_checkpoint(model, device="cpu", dtype=settings.dtype), scratch / kind
-    tokenizer = source.folder / "tokenizer.json"
-    save_quantized(source.model, target, kind=kind, config=source.config, tokenizer=tokenizer)
-    return str(target)
-
-
 def _gguf(plain: str, kind: Kind | None, *, settings: Settings, scratch: Path, say: Say) -> Path:
     """Write the language model of plain weights for llama.cpp; return the file, alone in a folder."""
     say(f"writing the language model for llama.cpp, as {FORMATS[kind or DTYPES[settings.dtype]]}")
@@ -279,18 +270,33 @@ def _compare(model: str, settings: Settings, *, file: Path | None, scratch: Path
         )
 
 
-def _alternate(model: str, settings: Settings, *, file: Path | None, say: Say) -> dict[str, list[Measured]]:
-    """Measure the programs in turn; who goes first changes every round."""
+def _alternate(
+    model: str, settings: Settings, *, file: Path | None, say: Say
+) -> tuple[dict[str, list[Measured]], list[Ceilings]]:
+    """Measure the programs in turn; who goes first changes every round. The machine's ceilings are measured
+    before each process and after the last.
+    """
     sides: list[Side] = ["seekvl"] if settings.peer is None else ["seekvl", settings.peer]
     runs: dict[str, list[Measured]] = {side: [] for side in sides}
+    ceilings = list[Ceilings]()
+
+    def measure() -> None:
+        """Measure memory and products."""
+        if not wait_until_quiet(seconds=settings.quiet):
+            say("  the machine is not idle; ratios may hold, absolute figures do not")
+        say("measuring memory and products")
+        ceilings.append(
+            measure_ceilings(threads=settings.threads, dtype=settings.dtype, device=settings.device)
+        )
+
     for number in range(settings.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
-            say(f"round {number + 1} of {settings.rounds}: {side}")
             fill_page_cache(file.parent if side == "llama.cpp" and file is not None else find_folder(model))
-            if not wait_until_quiet(seconds=settings.quiet):
-                say("  the machine is not idle; ratios may hold, absolute figures do not")
+            measure()
+            say(f"round {number + 1} of {settings.rounds}: {side}")
             runs[side].append(Measured(**_run(_job(side, model, settings, file=file))))
-    return runs
+    measure()
+    return runs, ceilings
 
 
 def _job(side: Side, model: str, settings: Settings, *, file: Path | None = None) -> Job:
@@ -353,7 +359,10 @@ def _figures(
         if name in work:
             found, seconds = work[name], rows / mine if unit == "tok/s" else mine
             floor, bound = report.ceilings.seconds(
-                read_bytes=found.read_bytes, operations=found.operations, dtype=report.dtype
+                read_bytes=found.read_bytes,
+                operations=found.operations,
+                whole_operations=found.whole_operations,
+                dtype=report.dtype,
             )
             figure = replace(figure, work=found, seconds=seconds, share=floor / seconds, bound=bound)
         figures.append(figure)

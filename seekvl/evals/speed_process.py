@@ -189,9 +189,9 @@ def measure_seekvl(job: Job) -> Measured:
 
 
 def _roomy_engine(vlm: VLM, *, rows: int) -> Engine:
-    """Return an engine that lets so many answers grow at once."""
+    """Return an engine that lets so many answers grow at once, each token in a step of its own."""
     limits = choose_limits(vlm.model)
-    return Engine(vlm.model, vlm.tokenizer, limits=replace(limits, rows=max(rows, limits.rows)))
+    return Engine(vlm.model, vlm.tokenizer, limits=replace(limits, rows=max(rows, limits.rows), guess=0))
 
 
 def together(

@@ -1,8 +1,9 @@
 """What a benchmark says: figures with their share of the ceiling, as a table and as JSON.
 
 The floor of a figure is the longer of two times: its bytes at the rate memory is read, its operations at the
-rate matrices are multiplied. The share is floor over measured; it passes 100 % where weights stay in a cache.
-Bytes are those of weights, and in decoding of the cache: each once a step, which is the least.
+rate matrices are multiplied, those with quantised matrices at the rate of whole numbers. The share is floor
+over measured; it passes 100 % where weights stay in a cache. Bytes are those of weights, and in decoding of
+the cache: each once a step, which is the least.
 """
 
 import json
@@ -19,7 +20,7 @@ from seekvl.models.cost import (
 )
 from seekvl.models.quantized import Kind
 from seekvl.models.vl2 import AnyConfig
-from seekvl.weights.quantize import saved_bytes
+from seekvl.weights.quantize import packed_operations, saved_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +29,8 @@ class Work:
 
     read_bytes: float
     operations: float
+    whole_operations: float = 0.0
+    """Those of the operations that multiply whole numbers, of a quantised language model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,6 +186,10 @@ def works(
         saved = 0.0 if kind is None else saved_bytes(config, kind, itemsize=itemsize, rows=rows)
         return step_parameters(language, rows=rows) * itemsize - saved
 
+    def whole(tokens: int) -> float:
+        """Operations with packed matrices of so many tokens, the last of which passes the head."""
+        return 0.0 if kind is None else packed_operations(config, kind, itemsize=itemsize, tokens=tokens)
+
     found = {
         "vision": Work(
             read_bytes=(parts["vision"] + parts["adaptor"]) * itemsize,
@@ -191,12 +198,14 @@ def works(
         "prefill": Work(
             read_bytes=weights(prompt),
             operations=language_flops(language, tokens=prompt),
+            whole_operations=whole(prompt),
         ),
     }
     for rows in batches:
         found[decode(rows)] = Work(
             read_bytes=weights(rows) + rows * seen * per_token,
             operations=rows * language_flops(language, tokens=1, past=seen),
+            whole_operations=rows * whole(1),
         )
     return found
 

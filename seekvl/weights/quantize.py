@@ -350,6 +350,24 @@ def _savings(config: AnyConfig, kind: Kind, *, itemsize: int) -> Iterator[tuple[
         yield name, module, max(0, less)
 
 
+def packed_operations(config: AnyConfig, kind: Kind, *, itemsize: int, tokens: int) -> float:
+    """Return the operations with packed matrices of the language model that so many tokens take, the last of
+    which passes the head: a part of `models.cost.language_flops`. A plain number takes `itemsize` bytes.
+    """
+    found = 0.0
+    moe = config.language.moe if isinstance(config, VL2Config) else None
+    for name, module, saved in _savings(config, kind, itemsize=itemsize):
+        if saved == 0 or not name.startswith("language."):
+            continue
+        numbers = sum(matrix.numel() for matrix in _matrices(module))
+        if isinstance(module, Experts):
+            assert moe is not None
+            found += 2.0 * tokens * numbers * moe.active / moe.experts
+        else:
+            found += 2.0 * numbers * (1 if name == "language.lm_head" else tokens)
+    return found
+
+
 def _share_read(config: AnyConfig, *, rows: int | None) -> float:
     """Return the share of a layer's experts that a step reads; without rows all of them."""
     moe = config.language.moe if isinstance(config, VL2Config) else None

@@ -7,6 +7,10 @@
 
 `docs/quantization.md` describes the bytes. What the metadata lists is exactly what is packed: a file with
 more, fewer or other tensors is refused by name.
+
+Opening reads no matrix: to look at each number costs more than all else, and all were finite when they were
+written. `check_numbers` looks at them (`seekvl verify`), and should one be damaged after all, the first
+answer that meets it stops with an error (`engine.sampler`).
 """
 
 import json
@@ -23,7 +27,7 @@ from seekvl.runtime import SeekVLError
 from seekvl.weights.config import QUANT_VERSION
 from seekvl.weights.key_map import KeyMap, Target, parameter_shapes
 from seekvl.weights.quantize import Matrix
-from seekvl.weights.read import SINGLE, STORED, map_file, mapped, match, read_folder, require_finite
+from seekvl.weights.read import SINGLE, STORED, fill, map_file, mapped, match, read_folder, require_finite
 
 METADATA = "quantization"
 """Key of the header's metadata."""
@@ -36,10 +40,11 @@ def load_quantized(
     model: nn.Module, folder: Path, *, kind: Kind, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Fill a network built on the meta device with a quantised folder: packed matrices stay in the mapped
-    file, the rest arrives in this dtype.
+    file, as does what has this dtype already; the rest arrives in it.
 
     Raises SeekVLError before anything is read when metadata, names, shapes or dtypes do not fit the network,
-    for numbers that are not finite, and for another device than the CPU.
+    for another device than the CPU, and for numbers that are not finite among those that are read: vectors,
+    and what takes another dtype.
     """
     if device.type != "cpu":
         raise SeekVLError(
@@ -65,9 +70,20 @@ def load_quantized(
     for key, place in places.items():
         source = mapped(pages, place)
         state[key] = source if key in packed else source.to(dtype)
-        numbers = scales_of(source, kind=packed[key]) if key in packed else state[key]
+        if state[key] is not source or len(place.shape) == 1:
+            require_finite(state[key], key=key, source=source)
+    fill(model, state)
+
+
+def check_numbers(model: nn.Module) -> None:
+    """Look at every number of a quantised network: the scales of packed matrices, and all that is plain.
+
+    Raises SeekVLError with the name of what holds NaN or infinity.
+    """
+    packed = packed_keys(model)
+    for key, tensor in model.state_dict().items():
+        numbers = scales_of(tensor, kind=packed[key]) if key in packed else tensor
         require_finite(numbers, key=key, source=numbers)
-    model.load_state_dict(state, assign=True)
 
 
 def stored_matrices(folder: Path, *, kind: Kind | None = None) -> tuple[Matrix, ...]:
@@ -117,7 +133,8 @@ def put_modules(model: nn.Module, matrices: Sequence[Matrix], *, where: Path) ->
                 f"{where}: {matrix.name} is listed as {matrix.kind}, but this network has no such linear "
                 "layer or experts: file and config.json belong to different checkpoints"
             )
-        model.set_submodule(matrix.name, quantized_like(module, matrix.kind))
+        parent, _, name = matrix.name.rpartition(".")
+        setattr(modules[parent], name, quantized_like(module, matrix.kind))
 
 
 def packed_keys(model: nn.Module) -> dict[str, Kind]:

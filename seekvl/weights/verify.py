@@ -17,7 +17,7 @@ from seekvl.weights.key_map import parameter_shapes
 from seekvl.weights.load import find_folder, layout_map, load_model, load_tokenizer
 from seekvl.weights.quantize import summary
 from seekvl.weights.read import DTYPES, map_file, mapped, match, read_folder, require_finite
-from seekvl.weights.read_quantized import stored_matrices
+from seekvl.weights.read_quantized import check_numbers, stored_matrices
 from seekvl.weights.report import Checks, Report
 
 
@@ -59,8 +59,10 @@ def _pictures(model: AnyConfig) -> str:
 
 
 def _quantized(folder: Path, config: CheckpointConfig) -> tuple[None, str]:
-    """Load a quantised folder, which looks at names, shapes, dtypes and scales, and count its matrices."""
-    load_model(folder, config=config, device="cpu")
+    """Load a quantised folder, which looks at names, shapes and dtypes, look at its numbers, and count its
+    matrices.
+    """
+    check_numbers(load_model(folder, config=config, device="cpu"))
     counts = summary(stored_matrices(folder, kind=config.quantization))
     return None, ", ".join(f"{count} modules {what}" for what, count in counts.items())
 

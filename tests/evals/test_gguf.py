@@ -8,7 +8,7 @@ from seekvl.models.llama import Llama, LlamaConfig, rotary_table, rotate
 from seekvl.models.quantized import Kind
 from seekvl.runtime import SeekVLError
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="the package gguf, of the extras llama and dev, is not installed")
 
 CONFIG = LlamaConfig(
     vocab_size=70, width=64, layers=2, heads=4, kv_heads=2, mlp_width=96, max_positions=99, rope_theta=500.0

@@ -10,7 +10,9 @@ from seekvl.evals.peers import disagreement
 from seekvl.models.llama import Llama, LlamaConfig
 from seekvl.models.quantized import KINDS, Kind
 
-pytest.importorskip("llama_cpp", reason="the extra llama is not installed")
+WITHOUT = "the extra llama is not installed: llama.cpp compiles for minutes"
+pytest.importorskip("gguf", reason=WITHOUT)
+llama_cpp = pytest.importorskip("llama_cpp", reason=WITHOUT)
 
 CONFIG = LlamaConfig(vocab_size=300, width=128, layers=3, heads=4, kv_heads=2, mlp_width=160)
 PROMPT, COUNT = list(range(5, 300, 11)), 6
@@ -62,3 +64,14 @@ def test_whole_numbers_are_near(network: Llama, kind: Kind, tmp_path: Path) -> N
     theirs = peer(network, tmp_path, kind=kind).logits(PROMPT, tokens=[1])[0]
     apart = float((ours - theirs).norm() / ours.norm())
     assert 0 < apart < {"int8": 0.1, "int4": 0.7}[kind], "numbers of no relation are 1.4 apart"
+
+
+def test_the_clock_sees_what_llama_cpp_counts_itself(network: Llama, tmp_path: Path) -> None:
+    other = peer(network, tmp_path)
+    other.answer(PROMPT, count=1)
+    llama_cpp.llama_perf_context_reset(other._model.ctx)
+    reply = other.answer(PROMPT, count=COUNT)
+    own = llama_cpp.llama_perf_context(other._model.ctx)
+    assert (own.n_p_eval, own.n_eval) == (len(PROMPT), COUNT - 1)
+    assert 0 < own.t_p_eval_ms / 1e3 <= reply.times[0]
+    assert 0 < own.t_eval_ms / 1e3 <= reply.times[-1] - reply.times[0]

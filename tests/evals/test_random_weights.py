@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 import seekvl
 from seekvl.engine.plan import find_config
 from seekvl.evals import random_weights
-from seekvl.evals.random_weights import SPECIALS, TOKENIZERS, write_random
+from seekvl.evals.random_weights import SPECIALS, TOKENIZERS, quantise_beside, write_random
 from seekvl.evals.speed_process import question
 from seekvl.models.vl2 import VL2Config
 from seekvl.presets import CHECKPOINTS, VL2_BASE, VL2_TINY, VL_1B, Preset
@@ -51,3 +52,19 @@ def test_weights_that_fit_nowhere_are_not_made(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(SeekVLError, match=r"take 5\d\.\d GiB, the free memory has 1\.0 GiB"):
         write_random(VL2_BASE, tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+def test_quantised_weights_stand_beside_and_are_taken_again(tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(GOLDEN / "vl1-siglip", folder)
+    made = quantise_beside(folder, "int8", dtype="float32")
+    assert made == tmp_path / "plain-int8"
+    assert find_config(made).quantization == "int8"
+    written = (made / "model.safetensors").stat().st_mtime_ns
+    assert quantise_beside(folder, "int8", dtype="float32") == made
+    assert (made / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(SeekVLError, match=r"plain-int8 holds something else than .*plain in int4"):
+        quantise_beside(folder, "int4", dtype="float32", target=made)
+    shutil.copytree(GOLDEN / "vl1-hybrid", tmp_path / "other")
+    with pytest.raises(SeekVLError, match="holds something else"):
+        quantise_beside(tmp_path / "other", "int8", dtype="float32", target=made)

@@ -6,8 +6,9 @@ import pytest
 from seekvl.evals.ceilings import Ceilings
 from seekvl.evals.speed_report import Figure, Report, Work, works
 from seekvl.models.cost import active_parameters, cache_bytes_per_token
-from seekvl.presets import VL_1B
+from seekvl.presets import CHECKPOINTS, VL_1B
 
+VL2_TINY = CHECKPOINTS["deepseek-ai/deepseek-vl2-tiny"]
 CEILINGS = Ceilings(threads=2, read=36e9, reader="kernels", operations={"bfloat16": 455e9, "int8": 900e9})
 
 
@@ -82,6 +83,29 @@ def test_the_work_of_a_dense_step() -> None:
     assert saved / weights == pytest.approx(1 - 4.5 / 16, rel=0.01), "4.5 bits instead of 16 a number"
     assert less["vision"] == found["vision"]
     assert found["prefill"].operations > 600 * found["decode, batch 1"].operations * 0.8
+
+
+def test_operations_with_packed_matrices_are_told_apart() -> None:
+    asked = {"prompt": 630, "views": 1, "tokens": 32, "batches": (1, 4), "itemsize": 2}
+    plain, packed = works(VL_1B.model, **asked), works(VL_1B.model, **asked, kind="int8")
+    assert all(work.whole_operations == 0 for work in plain.values())
+    assert packed["vision"] == plain["vision"], "what of it is quantised depends on its numbers"
+    for name in ("prefill", "decode, batch 1", "decode, batch 4"):
+        assert packed[name].operations == plain[name].operations
+        attention = packed[name].operations - packed[name].whole_operations
+        assert 0 < attention < 0.1 * packed[name].operations, name
+    language = VL_1B.model.language
+    assert packed["decode, batch 4"].whole_operations == 4 * 2 * active_parameters(language)
+    head = language.width * language.vocab_size
+    matrices = active_parameters(language) - head
+    assert packed["prefill"].whole_operations == 2 * (630 * matrices + head)
+
+
+def test_of_packed_experts_those_count_that_a_token_meets() -> None:
+    asked = {"prompt": 100, "views": 1, "tokens": 32, "batches": (1,), "itemsize": 2}
+    found = works(VL2_TINY.model, **asked, kind="int4")["prefill"]
+    rest = found.operations - found.whole_operations
+    assert 0 < rest < 0.2 * found.operations, "attention, routers, and the latent's expansion stay plain"
 
 
 def test_words_alone_are_said_to_be_so() -> None:

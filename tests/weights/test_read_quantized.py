@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from seekvl.models.quantized import KINDS, Kind, QuantizedExperts, QuantizedLinear, quantized_modules
 from seekvl.runtime import SeekVLError
+from seekvl.vlm import load
+from seekvl.weights import read_quantized
 from seekvl.weights.config import read_config
 from seekvl.weights.load import load_checkpoint
 from seekvl.weights.quantize import quantize_model
 from seekvl.weights.read import SINGLE, STORED, read_header
-from seekvl.weights.read_quantized import ALIGNMENT, METADATA, stored_matrices
+from seekvl.weights.read_quantized import ALIGNMENT, METADATA, check_numbers, stored_matrices
 from seekvl.weights.save import save_checkpoint
 from seekvl.weights.save_quantized import save_quantized
 from seekvl.weights.verify import verify_folder
@@ -151,6 +153,38 @@ def test_verify_looks_at_a_quantised_folder(written: Made, tmp_path: Path) -> No
     (check,) = (check for check in verify_folder(folder).checks if check.name == "quantised weights")
     assert not check.ok
     assert "language.lm_head.packed has" in check.detail
+
+
+@pytest.mark.parametrize("where", ["language.lm_head.packed", "language.layers.1.mlp.down_proj.packed"])
+def test_a_damaged_scale_stops_the_first_answer(written: Made, tmp_path: Path, where: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(written("vl1-siglip", "int4"), folder)
+    change(folder, lambda tensors, _: tensors[where][0, :64].fill_(0xFF))
+    vlm = load(folder, device="cpu", dtype="float32")
+    with pytest.raises(SeekVLError, match="not finite: nan; check the weights with `seekvl verify`"):
+        vlm.chat("Who?", max_new_tokens=2)
+
+
+def test_opening_reads_no_matrix(written: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: dict[str, torch.Size] = {}
+    checked = read_quantized.require_finite
+
+    def watched(filled: torch.Tensor, *, key: str, source: torch.Tensor) -> None:
+        looked_at[key] = filled.shape
+        checked(filled, key=key, source=source)
+
+    monkeypatch.setattr(read_quantized, "require_finite", watched)
+    folder = written("vl1-siglip", "int8")
+    load_checkpoint(folder, device="cpu", dtype="float32")
+    assert {len(shape) for shape in looked_at.values()} == {1}
+    looked_at.clear()
+    load_checkpoint(folder, device="cpu", dtype="bfloat16")
+    assert "language.embed_tokens.weight" in looked_at, "what is converted is looked at"
+    assert not any(key.endswith(".packed") for key in looked_at)
+    looked_at.clear()
+    model = load_checkpoint(folder, device="cpu", dtype="float32").model
+    check_numbers(model)
+    assert looked_at.keys() == model.state_dict().keys()
 
 
 def without(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

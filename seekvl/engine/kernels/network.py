@@ -6,7 +6,7 @@ was made from: `Description.stands` tells whether the network is still the same,
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from weakref import ReferenceType, ref
 
@@ -33,7 +33,7 @@ from seekvl.models.quantized import (
     Quantized,
     QuantizedExperts,
     QuantizedLinear,
-    quantized_like,
+    packed_shape,
     quantized_modules,
 )
 from seekvl.models.vl2 import without_memory
@@ -293,19 +293,10 @@ def _packed_matrix(packed: Tensor, kind: Kind, *, rows: int, width: int) -> Matr
     return Matrix(weight=packed.data_ptr(), rows=rows, width=width, kind=NUMBERS[kind])
 
 
-def _sizes(module: Quantized) -> tuple[int, ...]:
-    """Return the sizes that the packed weights alone do not tell."""
-    if isinstance(module, QuantizedLinear):
-        return module.in_features, module.out_features
-    return module.count, module.channels, module.width
-
-
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Return name -> parameter or packed weight; what bears two names is there twice."""
-    return {
-        **dict(network.named_parameters(remove_duplicate=False)),
-        **dict(network.named_buffers(remove_duplicate=False)),
-    }
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of parameters and packed weights; what bears two names is there twice."""
+    named = (network.named_parameters, network.named_buffers)
+    return {name: tuple(tensor.shape) for of in named for name, tensor in of(remove_duplicate=False)}
 
 
 def _norm(norm: RmsNorm) -> Norm:
@@ -337,21 +328,55 @@ def _fits(network: Llama | DeepseekV2, quantized: Mapping[str, Quantized]) -> bo
 
     Embedding and head may have any number of rows, as after tokens were added.
     """
-    with without_memory():
-        expected = Llama(network.config) if isinstance(network, Llama) else DeepseekV2(network.config)
+    expected = _expected(network)
     expected.lm_head.out_features = network.lm_head.out_features
-    modules = dict(expected.named_modules())
+    modules = dict(expected.named_modules(remove_duplicate=False))
+    wanted = _shapes(expected)
     for name, module in quantized.items():
-        plain = modules.get(name)
-        if not isinstance(plain, nn.Linear if isinstance(module, QuantizedLinear) else Experts):
+        packed = _packed_shapes(module, modules.get(name))
+        if packed is None:
             return False
-        like = quantized_like(plain, module.kind)
-        if _sizes(like) != _sizes(module):
-            return False
-        expected.set_submodule(name, like)
-    found, wanted = _tensors(network), _tensors(expected)
+        for key in ("weight", *STACKS):
+            wanted.pop(f"{name}.{key}", None)
+        wanted |= {f"{name}.{key}": shape for key, shape in packed.items()}
+    found = _shapes(network)
     free = dict.fromkeys(("embed_tokens.weight", "lm_head.weight"), 1)  # axes that may be of any length
     return found.keys() == wanted.keys() and all(
-        tensor.shape[free.get(name, 0) :] == wanted[name].shape[free.get(name, 0) :]
-        for name, tensor in found.items()
+        shape[free.get(name, 0) :] == wanted[name][free.get(name, 0) :] for name, shape in found.items()
     )
+
+
+def _packed_shapes(module: Quantized, plain: nn.Module | None) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of the weights of a quantised module that takes the place of a plain one; None where
+    it cannot.
+    """
+    if isinstance(module, QuantizedLinear):
+        rows, width = module.out_features, module.in_features
+        if not isinstance(plain, nn.Linear) or (plain.out_features, plain.in_features) != (rows, width):
+            return None
+        return {"packed": packed_shape(module.kind, rows, width)}
+    sizes = (module.count, module.width, module.channels)
+    if not isinstance(plain, Experts) or tuple(plain.gate_proj.shape) != sizes:
+        return None
+    return {name: (module.count, *packed_shape(module.kind, *module.shape(name))) for name in STACKS}
+
+
+def _expected(network: Llama | DeepseekV2) -> Llama | DeepseekV2:
+    """Build the network of a config without memory. Layers that are alike are one layer under several names:
+    building each takes longer than all else that is looked at here.
+    """
+    config = network.config
+    alike: dict[bool, nn.Module] = {}
+    kinds = [
+        isinstance(config, deepseek_v2.DeepseekV2Config) and config.has_experts(layer)
+        for layer in range(config.layers)
+    ]
+    with without_memory():
+        if isinstance(config, llama.LlamaConfig):
+            expected: Llama | DeepseekV2 = Llama(replace(config, layers=1))
+            alike[False] = expected.layers[0]
+        else:
+            expected = DeepseekV2(replace(config, layers=1))
+            alike = {kind: deepseek_v2.Layer(config, layer=kinds.index(kind)) for kind in set(kinds)}
+    expected.layers = nn.ModuleList(alike[kind] for kind in kinds)
+    return expected
