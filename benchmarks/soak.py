@@ -6,9 +6,9 @@ keeps nothing. Then clients in threads of their own ask for them in random order
 prefixes and pictures for as long as it lives: they hang up at random, set deadlines, and fill its queue. An
 answer that came to its end must be, token by token, the one given alone; of a cancelled one, its beginning.
 
-Memory is read at the end of every round. The first quarter is for warming up; the median of the last quarter
-may be above that of the second by 2 %. The program ends with 1 where memory grew, an answer was wrong or an
-error came that nobody declared.
+Memory is read at the end of every round. The first quarter is for warming up, so what is kept of pictures
+must be full by then; the median of the last quarter may be above that of the second by 2 %. The program ends
+with 1 where memory grew, an answer was wrong or an error came that nobody declared.
 
     python benchmarks/soak.py --minutes 120
 """
@@ -73,7 +73,8 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     vlm = seekvl.load(args.model)
-    engine = Engine(vlm.model, vlm.tokenizer, limits=choose_limits(vlm.model, rows=ROWS, queue=QUEUE))
+    limits = choose_limits(vlm.model, rows=ROWS, queue=QUEUE, feature_bytes=args.feature_mb << 20)
+    engine = Engine(vlm.model, vlm.tokenizer, limits=limits)
     engine.start()
     tally, began = Tally(), time.monotonic()
     memory: list[float] = []
@@ -86,7 +87,10 @@ def main() -> None:
         memory.append(resident_memory())
         minutes = (time.monotonic() - began) / 60
         counts = ", ".join(f"{count:,} {name}" for name, count in sorted(tally.ended.items()))
-        print(f"{minutes:7.1f} min  {memory[-1]:.3f} GiB  {counts}", file=sys.stderr)
+        kept = engine.metrics().feature_bytes / 2**20
+        print(
+            f"{minutes:7.1f} min  {memory[-1]:.3f} GiB, {kept:.1f} MiB of pictures  {counts}", file=sys.stderr
+        )
         number += 1
     engine.close()
     sys.exit(report(tally, memory, args=args))
@@ -102,10 +106,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=16, help="threads that ask")
     parser.add_argument("--each", type=int, default=25, help="requests of a client in a round")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--feature-mb", type=int, default=8, help="MiB of pictures' features that are kept")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
-    for name in ("pool", "clients", "each", "threads"):
+    for name in ("pool", "clients", "each", "threads", "feature_mb"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0 < args.minutes < float("inf"):

@@ -90,6 +90,7 @@ def choose_limits(
     queue: int | None = None,
     exact: bool | None = None,
     guess: int | None = None,
+    feature_bytes: int | None = None,
 ) -> Limits:
     """Return the limits of an engine on this machine; what is None follows from the model and free memory.
 
@@ -116,6 +117,7 @@ def choose_limits(
         queue=queue,
         exact=exact,
         guess=(GUESS if exact else 0) if guess is None else guess,
+        feature_bytes=feature_bytes,
     )
 
 

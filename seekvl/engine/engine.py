@@ -86,7 +86,12 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.limits = choose_limits(model) if limits is None else limits
         self._scheduler = Scheduler(self.limits)
-        self._runner = Runner(model, exact=self.limits.exact, tokens=self.limits.tokens)
+        self._runner = Runner(
+            model,
+            exact=self.limits.exact,
+            tokens=self.limits.tokens,
+            feature_bytes=self.limits.feature_bytes,
+        )
         self._tasks: dict[Job, tuple[Row, Handle]] = {}
         self._driving = threading.Lock()
         """Held by who makes a step."""

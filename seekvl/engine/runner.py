@@ -28,14 +28,18 @@ GUESSED = 8
 class Runner:
     """A network with its cache and the features of the pictures it saw."""
 
-    def __init__(self, model: AnyVL, *, exact: bool, tokens: int | None = None) -> None:
+    def __init__(
+        self, model: AnyVL, *, exact: bool, tokens: int | None = None, feature_bytes: int | None = None
+    ) -> None:
         self.model = model
         self.exact = exact
         """Whether every row gets the numbers it would get alone."""
         self.tokens = tokens
         """Most tokens of the cache, slots times capacity; None: any number."""
         self.cache = _new_cache(model)
-        self.features = Features(int(FEATURE_SHARE * free_bytes(self.cache.device)))
+        if feature_bytes is None:
+            feature_bytes = int(FEATURE_SHARE * free_bytes(self.cache.device))
+        self.features = Features(feature_bytes)
         self._static = static_decoder(model)
         """What decodes on a GPU; None where `forward.step` does."""
         self._tiles = tiles_at_once(model)

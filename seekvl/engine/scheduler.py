@@ -54,9 +54,11 @@ class Limits:
     """
     guess: int = 0
     """Most tokens that are guessed ahead in a step of an answer."""
+    feature_bytes: int | None = None
+    """Most bytes of pictures' features that are kept; None: a fiftieth of the memory that is free."""
 
     def __post_init__(self) -> None:
-        least = {"rows": 1, "tokens": 1, "longest": 1, "chunk": 1, "queue": 1, "guess": 0}
+        least = {"rows": 1, "tokens": 1, "longest": 1, "chunk": 1, "queue": 1, "guess": 0, "feature_bytes": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:

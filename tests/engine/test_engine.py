@@ -398,6 +398,20 @@ def test_what_is_counted(vlm: seekvl.VLM, make: Make) -> None:
     assert engine.metrics().feature_bytes == engine.metrics().cache_bytes == 0
 
 
+@pytest.mark.parametrize(("pictures", "kept"), [(0, 0), (1, 1), (None, 2)])
+def test_features_are_kept_within_their_bytes(
+    vlm: seekvl.VLM, make: Make, pictures: int | None, kept: int
+) -> None:
+    one = 36 * vlm.config.language.width * 4
+    room = None if pictures is None else pictures * one
+    limits = choose_limits(vlm.model, feature_bytes=room)
+    engine = Engine(vlm.model, vlm.tokenizer, limits=limits)
+    for name in ("grad_224x160", "text_320x200"):
+        asked = make(conversation(vlm, "Is it red?", pictures=(name,)), max_new_tokens=2)
+        engine.submit(asked).result()
+    assert engine.metrics().feature_bytes == kept * one
+
+
 @pytest.fixture
 def served(vlm: seekvl.VLM) -> Iterator[Engine]:
     engine = new_engine(vlm, rows=3)
