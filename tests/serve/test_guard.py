@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from seekvl.serve import guard
-from tests.serve.conftest import Running, Start, chat_body
+from tests.serve.conftest import Running, Start, chat_body, wait_until
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -238,7 +238,14 @@ def test_a_fault_of_ours_has_an_id_and_is_not_tried_again(
 def test_one_line_a_request_and_no_word_of_it(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="seekvl.access"):
         found = server.chat(messages=[{"role": "user", "content": "my secret"}], max_tokens=2)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "seekvl.access"]
-    assert line.startswith(f"{found.headers['x-request-id']} POST {CHAT} 200 ")
+        name = found.headers["x-request-id"]
+
+        def lines() -> list[str]:
+            told = [record.getMessage() for record in caplog.records if record.name == "seekvl.access"]
+            return [line for line in told if line.startswith(f"{name} ")]
+
+        wait_until(lambda: bool(lines()))  # it is written when the answer is on its way
+    (line,) = lines()
+    assert line.startswith(f"{name} POST {CHAT} 200 ")
     assert f"{found.json()['usage']['prompt_tokens']} + 2 tokens in " in line
     assert "secret" not in line
