@@ -10,7 +10,7 @@ import seekvl
 from seekvl.engine.generate import generate
 from seekvl.engine.gpu.layers import accelerate_on_gpu
 from seekvl.engine.request import Request, SamplingParams
-from seekvl.engine.sampler import Sampler, choose_one
+from seekvl.engine.sampler import Sampler, choose
 from seekvl.models.attention import attend
 from tests.engine.gpu.conftest import CUDA
 from tests.models.test_attention import slow
@@ -67,7 +67,7 @@ def test_a_seed_draws_the_same_everywhere(device: str) -> None:
         drawn = []
         for place in ("cpu", device):
             sampler = Sampler(params=params, prompt=frozenset({3, 7}), generated=[11, 12])
-            drawn.append([choose_one(logits.to(place), sampler) for _ in range(50)])
+            drawn.append([choose(logits.to(place), sampler) for _ in range(50)])
         assert drawn[0] == drawn[1]
 
 

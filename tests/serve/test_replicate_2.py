@@ -5,6 +5,7 @@ It is a beta with other names for the same routes, and cannot stand beside the f
 
 import asyncio
 import os
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from tests.serve.predicting import (  # noqa: F401 - a fixture
 )
 
 pytestmark = pytest.mark.skipif(
-    replicate.__version__.startswith("1."), reason="needs replicate 2: make test-clients brings it"
+    version("replicate").startswith("1."), reason="needs replicate 2: make test-clients brings it"
 )
 
 
