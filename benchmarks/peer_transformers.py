@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ from seekvl.evals.machine import Neighbours, fill_page_cache, peak_memory, proce
 if TYPE_CHECKING:
     import torch
 
-    from seekvl.engine.sampler import Sampler
+    from seekvl.engine.sampler import Peak, Sampler
     from seekvl.presets import Preset
 
 PEER = "transformers"
@@ -277,9 +277,9 @@ def start_seekvl(folder: Path, *, clock: Clock) -> Started:
     def answer(count: int, note: Note) -> Answered:
         request = Request(inputs=inputs, params=SamplingParams(max_new_tokens=count), end_id=-1)
 
-        def choose_noted(logits: "torch.Tensor", samplers: "Sequence[Sampler]") -> list[int]:
+        def choose_noted(logits: "torch.Tensor", sampler: "Sampler", *, peak: "Peak | None" = None) -> int:
             note(logits)
-            return choose(logits, samplers)
+            return choose(logits, sampler, peak=peak)
 
         tokens, times = [], []
         with patch.object(room, "choose", choose_noted):  # a hook would keep the network from the kernels

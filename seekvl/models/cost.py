@@ -129,7 +129,7 @@ def sam_flops(config: SamConfig, *, pictures: int = 1) -> int:
     neck = t * (c * k + 9 * k * k)
     out = config.out_grid**2
     down = 4 * out * 9 * k * first + out * 9 * first * second
-    return 2 * pictures * (total + 2 * (neck + down))
+    return 2 * pictures * (total + 2 * neck + down)
 
 
 def adaptor_flops(config: AdaptorConfig, *, grid: int) -> int:

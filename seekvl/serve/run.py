@@ -87,7 +87,8 @@ class Server(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Serve until a signal; return the exit code. Raises SeekVLError for a port that cannot be had."""
     app = create_app(settings)
-    server = Server(server_config(app, settings), service=app.state.desk.service)
+    config = server_config(app, settings)
+    server = Server(config, service=app.state.desk.service)
     if settings.exposed and not settings.api_keys:
         print(
             f"warning: {settings.host} can be reached from other machines and no key is asked for; "
@@ -95,11 +96,13 @@ def serve(settings: Settings) -> int:
             file=sys.stderr,
         )
     try:
-        server.run()
+        door = config.bind_socket()  # before the model is loaded: a thread in its midst cannot be left
     except SystemExit as error:  # uvicorn's way of saying that the port is taken
         raise SeekVLError(
             f"cannot listen on {settings.host}:{settings.port}: another program may; use --port"
         ) from error
+    with door:
+        server.run(sockets=[door])
     return int(server.force_exit or app.state.desk.service.phase == "failed")
 
 
