@@ -169,7 +169,7 @@ def test_several_choices_are_taken_in_together_or_not_at_all(start: Start) -> No
 
 
 def test_an_answer_that_takes_too_long_is_cut_and_says_so(start: Start) -> None:
-    server = start(answer_seconds=1.0)
+    server = start(answer_seconds=0.2)
     found = server.chat(**ENDLESS).json()
     assert found["choices"][0]["finish_reason"] == "length"
     assert found["notices"] == ["the answer was cut: its time was over"]
