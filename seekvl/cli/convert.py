@@ -11,6 +11,8 @@ from seekvl.cli import options
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
+
     from seekvl.weights.load import Checkpoint
     from seekvl.weights.quantize import Matrix, Part
 
@@ -18,76 +20,83 @@ EXAMPLE = (
     "Example: seekvl convert ~/models/deepseek-vl-1.3b-chat ~/models/deepseek-vl-1.3b-int4 --quantize int4"
 )
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A bundled model (seekvl-nano, seekvl-nano-moe), a checkpoint folder, or a hub id.",
+        show_default=False,
+    ),
+]
+Target = Annotated[
+    Path,
+    typer.Argument(help="Folder to write, which appears whole.", file_okay=False, show_default=False),
+]
+Quantize = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(
+        help="Store the language model's matrices as whole numbers, for the CPU: half of the memory or "
+        "less, and of the time a token takes.",
+        show_default=False,
+    ),
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        help='Round by what the model answers about pictures: "drawn", those of seekvl\'s own corpus, or '
+        "a folder of yours, where a.txt may hold the question about a.png. Wants --quantize.",
+        show_default=False,
+    ),
+]
+Pictures = Annotated[
+    int | None,
+    typer.Option(help="Pictures to calibrate by; at most 320 by default.", min=2, show_default=False),
+]
+Agreement = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of answers that shall stay word for word, 0 to 1: matrices that would change more "
+        "are kept in int8, or as they were. By default only the outputs of each are bounded. Wants "
+        "--calibrate.",
+        min=0.0,
+        max=1.0,
+        show_default=False,
+    ),
+]
+Smallest = Annotated[
+    int | None,
+    typer.Option(
+        help="Numbers of the smallest matrix to quantise; by default 262,144, below which nothing is "
+        "gained. 0 takes every one.",
+        min=0,
+        show_default=False,
+    ),
+]
+Layout = Annotated[
+    Literal["official", "transformers"] | None,
+    typer.Option(help="Names and config files to write; those of the source by default.", show_default=False),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        help="Numbers to store what is not quantised in; those of the source by default.",
+        show_default=False,
+    ),
+]
+Overwrite = Annotated[bool, typer.Option(help="Replace a checkpoint that the folder already holds.")]
+
 
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A bundled model (seekvl-nano, seekvl-nano-moe), a checkpoint folder, or a hub id.",
-            show_default=False,
-        ),
-    ],
-    target: Annotated[
-        Path,
-        typer.Argument(help="Folder to write, which appears whole.", file_okay=False, show_default=False),
-    ],
+    source: Source,
+    target: Target,
     *,
-    quantize: Annotated[
-        Literal["int8", "int4"] | None,
-        typer.Option(
-            help="Store the language model's matrices as whole numbers, for the CPU: half of the memory or "
-            "less, and of the time a token takes.",
-            show_default=False,
-        ),
-    ] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            help='Round by what the model answers about pictures: "drawn", those of seekvl\'s own corpus, or '
-            "a folder of yours, where a.txt may hold the question about a.png. Wants --quantize.",
-            show_default=False,
-        ),
-    ] = None,
-    pictures: Annotated[
-        int | None,
-        typer.Option(help="Pictures to calibrate by; at most 320 by default.", min=2, show_default=False),
-    ] = None,
-    agreement: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of answers that shall stay word for word, 0 to 1: matrices that would change more "
-            "are kept in int8, or as they were. By default only the outputs of each are bounded. Wants "
-            "--calibrate.",
-            min=0.0,
-            max=1.0,
-            show_default=False,
-        ),
-    ] = None,
-    smallest: Annotated[
-        int | None,
-        typer.Option(
-            help="Numbers of the smallest matrix to quantise; by default 262,144, below which nothing is "
-            "gained. 0 takes every one.",
-            min=0,
-            show_default=False,
-        ),
-    ] = None,
-    layout: Annotated[
-        Literal["official", "transformers"] | None,
-        typer.Option(
-            help="Names and config files to write; those of the source by default.", show_default=False
-        ),
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(
-            help="Numbers to store what is not quantised in; those of the source by default.",
-            show_default=False,
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace a checkpoint that the folder already holds.")
-    ] = False,
+    quantize: Quantize = None,
+    calibrate: Calibrate = None,
+    pictures: Pictures = None,
+    agreement: Agreement = None,
+    smallest: Smallest = None,
+    layout: Layout = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
     json: options.Json = False,
 ) -> None:
     """Write a checkpoint in another form.
@@ -100,19 +109,10 @@ def convert(
         hint = "--pictures" if agreement is None else "--agreement"
         raise typer.BadParameter("goes with --calibrate drawn, or a folder", param_hint=hint)
     with options.waiting_line(f"loading {source}"):
-        import torch
-
-        from seekvl.runtime import DTYPES
-        from seekvl.weights.config import read_config
-        from seekvl.weights.load import find_folder, load_checkpoint
         from seekvl.weights.save import save_checkpoint
         from seekvl.weights.save_quantized import save_quantized
 
-        stored = read_config(find_folder(source)).dtype
-        wanted = DTYPES[dtype] if dtype is not None else stored
-        # a CPU computes in float16 slowly and roughly, and calibrating is computing
-        computed = torch.float32 if calibrate is not None and wanted == torch.float16 else wanted
-        checkpoint = load_checkpoint(source, device="cpu", dtype=computed or "auto")
+        checkpoint, wanted = _loaded(source, dtype=dtype, computes=calibrate is not None)
     if quantize is None:
         with options.waiting_line(f"writing {target}"):
             save_checkpoint(
@@ -157,6 +157,20 @@ def _check(quantize: str | None, *, layout: str | None, calibrate: str | None, s
     for hint, value in (("--calibrate", calibrate), ("--smallest", smallest)):
         if quantize is None and value is not None:
             raise typer.BadParameter("goes with --quantize int8 or int4", param_hint=hint)
+
+
+def _loaded(source: str, *, dtype: str | None, computes: bool) -> "tuple[Checkpoint, torch.dtype | None]":
+    """Load a checkpoint, and say in which dtype to store it. computes: whether it will answer, too."""
+    import torch
+
+    from seekvl.runtime import DTYPES
+    from seekvl.weights.config import read_config
+    from seekvl.weights.load import find_folder, load_checkpoint
+
+    wanted = DTYPES[dtype] if dtype is not None else read_config(find_folder(source)).dtype
+    # a CPU computes in float16 slowly and roughly
+    loaded = torch.float32 if computes and wanted == torch.float16 else wanted
+    return load_checkpoint(source, device="cpu", dtype=loaded or "auto"), wanted
 
 
 def _calibrated(

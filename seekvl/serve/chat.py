@@ -136,6 +136,7 @@ async def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
     answerings: list[Answering] = []
 
     def hand_in() -> None:
+        """Hand in every choice."""
         for choice in range(chat.asked.choices):
             params = sampling(chat.asked, room=room, choice=choice)
             prepared = replace(chat.prepared, params=params)
@@ -150,6 +151,7 @@ async def submit(chat: Chat, *, desk: Desk, client: str) -> list[Answering]:
         return answerings
 
     def give_up(handing: asyncio.Future[None]) -> None:
+        """Cancel what was handed in after the caller had gone."""
         handing.exception()  # or the log would say that nobody asked for it
         cancel(answerings)
 
@@ -380,6 +382,7 @@ async def together(answerings: Sequence[Answering]) -> AsyncGenerator[tuple[int,
     arrived: asyncio.Queue[tuple[int, list[Piece] | Exception]] = asyncio.Queue()
 
     async def draw(index: int, answering: Answering) -> None:
+        """Pass the pieces of one choice on."""
         try:
             async for pieces in answering.pieces():
                 arrived.put_nowait((index, pieces))

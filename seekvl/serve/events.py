@@ -117,6 +117,7 @@ async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
     assert working is not None
 
     async def listen() -> None:
+        """Wait until the caller hangs up."""
         nonlocal hung_up
         while (await receive())["type"] != "http.disconnect":
             pass

@@ -150,6 +150,7 @@ class Guard:
         read, until = 0, time.monotonic() + BODY_SECONDS
 
         async def bounded() -> Message:
+            """Receive the next part."""
             nonlocal read
             if seen.whole:
                 return await receive()

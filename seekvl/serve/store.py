@@ -77,6 +77,7 @@ class Store:
         """Return a prediction; None where it is unknown, somebody else's, or was kept long enough."""
 
         def find() -> Prediction | None:
+            """Look it up; runs in the store's thread."""
             row = self._database.execute(
                 "SELECT record FROM predictions WHERE owner = ? AND id = ? AND (ended IS NULL OR ended > ?)",
                 (owner, name, time.time() - self.settings.prediction_seconds),
@@ -95,6 +96,7 @@ class Store:
         before = _read_cursor(cursor)
 
         def find() -> tuple[list[Prediction], str | None]:
+            """Look it up; runs in the store's thread."""
             rows = self._database.execute(
                 "SELECT created, id, size, record FROM predictions WHERE owner = ? "
                 "AND (created, id) < (?, ?) AND (ended IS NULL OR ended > ?) ORDER BY created DESC, id DESC",
@@ -115,6 +117,7 @@ class Store:
         """Delete a prediction, as if it had never been asked for."""
 
         def delete() -> None:
+            """Delete it; runs in the store's thread."""
             with self._database:
                 self._database.execute("DELETE FROM predictions WHERE owner = ? AND id = ?", (owner, name))
 
@@ -138,6 +141,7 @@ class Store:
         """Return all files of somebody, newest first."""
 
         def find() -> list[FileRecord]:
+            """Look it up; runs in the store's thread."""
             rows = self._database.execute(
                 "SELECT about FROM files WHERE owner = ? AND expires > ? ORDER BY created DESC, id",
                 (owner, time.time()),
@@ -150,6 +154,7 @@ class Store:
         """Forget a file; return whether there was one."""
 
         def delete() -> bool:
+            """Delete it; runs in the store's thread."""
             with self._database:
                 found = self._database.execute("DELETE FROM files WHERE id = ? AND owner = ?", (name, owner))
             return found.rowcount > 0
@@ -160,6 +165,7 @@ class Store:
         """Return what was noted under a name; the first time, note what `make` returns."""
 
         def find() -> str:
+            """Look it up; runs in the store's thread."""
             with self._database:
                 self._database.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, make()))
             (value,) = self._database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
@@ -180,6 +186,7 @@ class Store:
         query = f"SELECT {column} FROM files WHERE id = ? AND owner = ? AND expires > ?"
 
         def find() -> object:
+            """Look it up; runs in the store's thread."""
             row = self._database.execute(query, (name, owner, time.time())).fetchone()
             return None if row is None else row[0]
 
