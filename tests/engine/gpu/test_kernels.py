@@ -6,6 +6,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, where that is aske
 """
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -60,19 +61,16 @@ class Case:
                 out[row, head] = (0.2 * scores).softmax(-1) @ values
         return out
 
+    def attended(self, attend: Callable[..., Tensor]) -> Tensor:
+        """What a kernel makes of it."""
+        places = {"slots": self.slots, "columns": self.columns}
+        return attend(self.q, self.keys, self.values, **places, scale=0.2, latent_q=self.latent_q)
+
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_attention_is_its_formula(name: str) -> None:
     case = Case(name)
-    found = attend_rows(
-        case.q,
-        case.keys,
-        case.values,
-        slots=case.slots,
-        columns=case.columns,
-        scale=0.2,
-        latent_q=case.latent_q,
-    )
+    found = case.attended(attend_rows)
     torch.testing.assert_close(found.double(), case.expected(), rtol=0, atol=1e-5)
 
 
@@ -92,15 +90,7 @@ def test_attention_in_parts(
         pytest.skip("Triton's interpreter takes bfloat16 for whole numbers in a product")
     monkeypatch.setattr(triton_kernels, "_multiprocessors", lambda _device: multiprocessors)
     case = Case(name, dtype=dtype, device=device)
-    found = triton_kernels.attend_rows(
-        case.q,
-        case.keys,
-        case.values,
-        slots=case.slots,
-        columns=case.columns,
-        scale=0.2,
-        latent_q=case.latent_q,
-    )
+    found = case.attended(triton_kernels.attend_rows)
     assert (found.dtype, found.device.type) == (dtype, device)
     torch.testing.assert_close(found.double().cpu(), case.expected(), rtol=0, atol=HALVES[dtype])
 
