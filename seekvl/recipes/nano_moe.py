@@ -168,7 +168,7 @@ def stage1() -> Stage:
     """Alignment: tower and adaptor learn (2412.10302, sec. 3); its objective is `nano_naming`."""
     return Stage(
         name="stage1",
-        steps=2200,
+        steps=2400,
         batch_size=16,
         lr=2e-3,
         schedule=Schedule(shape="cosine", warmup=50, floor=0.05),
